@@ -1,0 +1,58 @@
+"""The server's view of an engine. Routes and generation know this interface only, never a transport."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.messages import AddRequest, EngineInfo, EngineStats, FinishReason, LogprobRow
+
+
+class EngineDeadError(RuntimeError):
+    """The engine is gone; the text says why and may be shown to an operator, not to a client."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """News of one request: tokens since the last one and, once, how it ended."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    cached_tokens: int = 0
+    logprobs: tuple[LogprobRow, ...] | None = None
+    error: str | None = None
+    queued_seconds: float = 0.0
+
+
+class EngineClient(Protocol):
+    """One engine. All methods are called on the server's event loop."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """The newest statistics frame."""
+        ...
+
+    @property
+    def dead_reason(self) -> str | None:
+        """None while the engine lives."""
+        ...
+
+    def seconds_since_progress(self, now: float) -> float:
+        """Age of the newest frame whose step counter moved, or of the newest frame at all when the engine is idle."""
+        ...
+
+    def submit(self, request: AddRequest) -> AsyncIterator[RequestOutput]:
+        """Send a request; the iterator ends after the output with a finish reason.
+
+        Closing the iterator early aborts the request. Raises EngineDeadError when the engine is dead or dies.
+        """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Idempotent; unknown ids are ignored."""
+        ...
+
+    async def close(self) -> None: ...

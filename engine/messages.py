@@ -1,0 +1,174 @@
+"""Everything that crosses between the API process and the engine process, as msgspec structures.
+
+Token ids travel as raw little-endian int32 bytes: a million ids must never become a Python list on the wire.
+"""
+
+from typing import Literal
+
+import msgspec
+import numpy as np
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+PROTOCOL_VERSION = 1
+
+
+def pack_ids(token_ids: "np.ndarray | list[int]") -> bytes:
+    """Token ids as int32 little-endian bytes."""
+    return np.asarray(token_ids, dtype="<i4").tobytes()
+
+
+def unpack_ids(raw: bytes) -> np.ndarray:
+    """The int32 array packed by `pack_ids` (read-only view)."""
+    return np.frombuffer(raw, dtype="<i4")
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How one request picks tokens. Ranges are checked once, in the server's validator."""
+
+    temperature: float = 1.0
+    """0 is greedy; ties go to the lower token id."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    """None: the engine draws one when the request arrives."""
+    max_tokens: int = 16
+    min_tokens: int = 0
+    """EOS and stop ids cannot be sampled before this many tokens."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: none. n: the sampled token's log probability and those of the n likeliest tokens."""
+
+
+class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
+    request_id: str
+    """Made by the server: a client's own id never keys engine state."""
+    prompt_token_ids: bytes
+    sampling: SamplingParams
+    priority: int = 0
+    """Lower runs first."""
+    deadline: float | None = None
+    """Monotonic seconds after which a request that is still queued is refused."""
+    cache_salt: str = ""
+    arrival_time: float = 0.0
+    """Monotonic seconds."""
+    trace_id: str | None = None
+
+
+class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    request_id: str
+
+
+class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
+    nonce: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
+    """Finish nothing more; leave now."""
+
+
+ToEngine = AddRequest | AbortRequest | Ping | Shutdown
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """First frame of an engine: what it serves and its own limits, which the server's validator uses."""
+
+    protocol_version: int
+    model_dir: str
+    vocab_size: int
+    """Width of the logits: every token id of a request is less than this."""
+    max_model_len: int
+    eos_token_id: int
+    page_tokens: int
+    num_pages: int
+    num_slots: int
+    kv_bytes_per_page: int
+    dtype: str
+    kv_cache_dtype: str
+    numerics: str
+    pid: int
+    load_seconds: float = 0.0
+
+
+class LogprobRow(msgspec.Struct, frozen=True, array_like=True):
+    logprob: float
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges and running totals, sent with every output frame and at least once a second when idle."""
+
+    step_id: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_pages: int = 0
+    num_free_slots: int = 0
+    prompt_tokens: int = 0
+    """Totals since start; the server turns differences into counters."""
+    generation_tokens: int = 0
+    num_preemptions: int = 0
+    step_seconds: float = 0.0
+    """Of the last step."""
+    step_tokens: int = 0
+    """Of the last step."""
+
+
+class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):
+    """One step's news in columns: row i belongs to request_ids[i] and owns token_ids[cu_tokens[i]:cu_tokens[i + 1]]."""
+
+    request_ids: tuple[str, ...]
+    cu_tokens: tuple[int, ...]
+    token_ids: bytes
+    finish: tuple[FinishReason | None, ...]
+    stop_ids: tuple[int | None, ...]
+    """The stop token that ended the request, if one did (EOS included)."""
+    cached_tokens: tuple[int, ...]
+    logprobs: tuple[tuple[LogprobRow, ...] | None, ...]
+    errors: tuple[str | None, ...]
+    """Set with finish "error": one sentence for the client."""
+    queued_seconds: tuple[float, ...]
+    """Arrival to first scheduled step; 0 until then."""
+    stats: EngineStats
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):
+    """Sent by the step loop itself, so that it stops when the loop does."""
+
+    stats: EngineStats
+    nonce: int | None = None
+    """Echo of a Ping."""
+
+
+class EngineDead(msgspec.Struct, frozen=True, kw_only=True, tag="dead"):
+    """Last frame of an engine that cannot go on (or could not start)."""
+
+    reason: str
+
+
+FromEngine = EngineInfo | StepOutputs | Heartbeat | EngineDead
+
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """One frame."""
+    return _encoder.encode(message)
+
+
+def decode_to_engine(frame: bytes) -> ToEngine:
+    """Raises msgspec.ValidationError or msgspec.DecodeError on a malformed frame."""
+    return _to_engine.decode(frame)
+
+
+def decode_from_engine(frame: bytes) -> FromEngine:
+    """Raises msgspec.ValidationError or msgspec.DecodeError on a malformed frame."""
+    return _from_engine.decode(frame)
