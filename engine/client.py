@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.messages import AddRequest, EngineInfo, EngineStats, FinishReason, LogprobRow
+from engine.messages import AddRequest, EngineInfo, EngineStats, FinishReason, LogprobRow, RequestError
 
 
 class EngineDeadError(RuntimeError):
@@ -20,7 +20,7 @@ class RequestOutput:
     stop_token_id: int | None = None
     cached_tokens: int = 0
     logprobs: tuple[LogprobRow, ...] | None = None
-    error: str | None = None
+    error: RequestError | None = None
     queued_seconds: float = 0.0
 
 

@@ -37,8 +37,6 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     num_threads: int | None = None
     """CPU threads of the engine; None: all cores but none more than there are."""
-    max_queued_requests: int = 1024
-    max_queued_tokens: int = 4_194_304
     simulate: bool = False
     """Run without a model (deterministic tokens and a cost model); for tests of everything around the model."""
 
@@ -71,8 +69,6 @@ class ResolvedConfig:
     max_num_batched_tokens: int
     num_pages: int
     num_threads: int
-    max_queued_requests: int
-    max_queued_tokens: int
 
     def layout(self, model: ModelConfig) -> KVLayout:
         return KVLayout(config=model, row_format=self.row_format, index_format=self.index_format)

@@ -102,6 +102,13 @@ class LogprobRow(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...]
 
 
+class RequestError(msgspec.Struct, frozen=True, array_like=True):
+    """Why a request ended with finish "error"; the message is one sentence that a client may read."""
+
+    code: Literal["deadline_exceeded", "too_large", "internal"]
+    message: str
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Gauges and running totals, sent with every output frame and at least once a second when idle."""
 
@@ -131,8 +138,8 @@ class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):
     """The stop token that ended the request, if one did (EOS included)."""
     cached_tokens: tuple[int, ...]
     logprobs: tuple[tuple[LogprobRow, ...] | None, ...]
-    errors: tuple[str | None, ...]
-    """Set with finish "error": one sentence for the client."""
+    errors: tuple[RequestError | None, ...]
+    """Set with finish "error"."""
     queued_seconds: tuple[float, ...]
     """Arrival to first scheduled step; 0 until then."""
     stats: EngineStats
@@ -154,8 +161,8 @@ class EngineDead(msgspec.Struct, frozen=True, kw_only=True, tag="dead"):
 
 FromEngine = EngineInfo | StepOutputs | Heartbeat | EngineDead
 
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_from_engine = msgspec.msgpack.Decoder(FromEngine)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)  # type: ignore[arg-type]
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)  # type: ignore[arg-type]
 _encoder = msgspec.msgpack.Encoder()
 
 
