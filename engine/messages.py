@@ -161,8 +161,8 @@ class EngineDead(msgspec.Struct, frozen=True, kw_only=True, tag="dead"):
 
 FromEngine = EngineInfo | StepOutputs | Heartbeat | EngineDead
 
-_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)  # type: ignore[arg-type]
-_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)  # type: ignore[arg-type]
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 _encoder = msgspec.msgpack.Encoder()
 
 

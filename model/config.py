@@ -8,7 +8,7 @@ Two spellings are understood: the official one (`compress_ratios`, `num_hash_lay
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 LayerKind = Literal["window", "csa", "hca"]
 """Attention of a layer: sliding window only, compressed sparse (ratio 4), heavily compressed (ratio 128)."""
@@ -176,7 +176,7 @@ def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
 class _Reader:
     """Reads fields one by one so that an error names the field it met."""
 
-    _FIXED: dict[str, tuple[Any, ...]] = {
+    _FIXED: ClassVar[dict[str, tuple[Any, ...]]] = {
         "model_type": ("deepseek_v4",),
         "num_key_value_heads": (1,),
         "n_shared_experts": (1,),
