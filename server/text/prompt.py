@@ -1,0 +1,198 @@
+"""A conversation to the ids the model reads.
+
+DeepSeek's own library validates and renders; what it marks as special tokens are looked up by name here, and all text
+between them is encoded without the added vocabulary. A user who types `<｜User｜>` sends ordinary tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import deepseek_recipe
+import numpy as np
+
+from server.text.effort import RENDERED_TIERS, TIERS, EffortTable, PromptError
+from server.text.tokenizer import Tokenizer
+
+__all__ = ["Prompt", "PromptError", "render_chat"]
+
+_MODEL = "DeepSeek-V4-Pro"  # the library's name for the V4 format, of Flash and Pro alike
+_ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
+_MOST_MESSAGE_CHARACTERS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    token_ids: np.ndarray
+    """int32, one dimension."""
+    text: str
+    """The same prompt as text, special tokens spelled out."""
+    thinking: bool
+    starts_in: Literal["reasoning", "content"]
+    """What the first generated token belongs to."""
+    continues: bool = False
+    """The prompt ends inside a message (`prefix`), so leading newlines of the answer are part of it."""
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    thinking: bool,
+    reasoning_effort: str | None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    tool_choice: Any = None,
+    response_format: Any = None,
+    effort_table: EffortTable = "release",
+) -> Prompt:
+    """Render and encode `messages` (OpenAI's shape) for generation.
+
+    Contents are strings or lists of text parts, which two newlines join. `developer` messages are system messages, and
+    all system messages stand at the top. An assistant's earlier thinking is read from `reasoning_content`, `reasoning`
+    or `thinking`. `prefix: true` on the last assistant message continues it. `name` has no effect.
+    `reasoning_effort` counts when thinking (None: high). Raises PromptError with `param`.
+    """
+    if reasoning_effort is not None and reasoning_effort not in TIERS:
+        raise PromptError(f"reasoning_effort must be one of {', '.join(TIERS)}", "reasoning_effort")
+    tier = TIERS[reasoning_effort or "high"]
+    body: dict[str, Any] = {
+        "model": _MODEL,
+        "messages": [_message(message, f"messages[{n}]") for n, message in enumerate(messages)],
+        "thinking": {"type": "enabled" if thinking else "disabled"},
+        "reasoning_effort": RENDERED_TIERS[effort_table][tier],
+        "tools": None if tools is None else list(tools),
+        "tool_choice": tool_choice,
+        "response_format": response_format,
+    }
+    present = {key: value for key, value in body.items() if value is not None}
+    try:
+        request = deepseek_recipe.ChatCompletionRequest(present).convert(deepseek_recipe.ConversionOptions())
+    except UnicodeEncodeError as error:
+        raise PromptError("The text holds half of a surrogate pair, which is not Unicode.", "messages") from error
+    except (deepseek_recipe.ConversionError, ValueError, TypeError) as error:
+        message = str(error).removeprefix("invalid request body: ")
+        raise PromptError(_shortened(message), _blamed_param(message)) from error
+    rendered = deepseek_recipe.DeepseekV4Encoding().render_conversation(request.conversation)
+    stage = request.parsing_options.thinking_initial_stage
+    return Prompt(
+        token_ids=_encode(tokenizer, rendered.prompt, rendered.special_ranges),
+        text=rendered.prompt,
+        thinking=thinking,
+        starts_in="reasoning" if stage is not None and stage.starts_in_reasoning() else "content",
+        continues=_continues(body["messages"][-1], thinking) or request.parsing_options.starts_in_tool_calls,
+    )
+
+
+def _encode(tokenizer: Tokenizer, text: str, special_ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+    """int32 ids: special tokens where the renderer put them, plain text between."""
+    plain: list[str] = []
+    special: list[int] = []
+    end = 0
+    for start, stop in special_ranges:
+        plain.append(text[end:start])
+        name = text[start:stop]
+        token_id = tokenizer.special_id(name)
+        if token_id is None:
+            raise PromptError(f"This model's tokenizer has no {name} token.", "messages")
+        special.append(token_id)
+        end = stop
+    plain.append(text[end:])
+    ids: list[int] = []
+    for n, part in enumerate(tokenizer.encode_plain_batch(plain)):
+        ids += part
+        if n < len(special):
+            ids.append(special[n])
+    return np.array(ids, dtype=np.int32)
+
+
+def _message(message: Any, param: str) -> dict[str, Any]:
+    """The fields the library knows, types checked."""
+    if not isinstance(message, Mapping):
+        raise PromptError(f"{param} must be an object", param)
+    role = message.get("role")
+    if role not in _ROLES:
+        raise PromptError(f"{param}.role must be one of {', '.join(_ROLES)}; found {role!r:.80}", f"{param}.role")
+    cleaned: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    content = message.get("content")
+    if content is not None:
+        cleaned["content"] = _text(content, f"{param}.content")
+    elif role != "assistant":
+        raise PromptError(f"{param}.content is required", f"{param}.content")
+    elif not message.get("tool_calls"):
+        raise PromptError("Invalid assistant message: content or tool_calls must be set", f"{param}.content")
+    if role == "assistant":
+        _assistant_fields(message, cleaned, param)
+    if role == "tool":
+        cleaned["tool_call_id"] = message.get("tool_call_id")
+        if not isinstance(cleaned["tool_call_id"], str):
+            raise PromptError(f"{param}.tool_call_id must be a string", f"{param}.tool_call_id")
+    return cleaned
+
+
+def _assistant_fields(message: Mapping[str, Any], cleaned: dict[str, Any], param: str) -> None:
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        reasoning = message.get(name)
+        if reasoning is None:
+            continue
+        if not isinstance(reasoning, str):
+            raise PromptError(f"{param}.{name} must be a string", f"{param}.{name}")
+        cleaned["reasoning_content"] = _unicode(reasoning, f"{param}.{name}")
+        break
+    prefix = message.get("prefix")
+    if prefix is not None:
+        if not isinstance(prefix, bool):
+            raise PromptError(f"{param}.prefix must be true or false", f"{param}.prefix")
+        cleaned["prefix"] = prefix
+    calls = message.get("tool_calls")
+    if calls is not None:
+        if not isinstance(calls, list):
+            raise PromptError(f"{param}.tool_calls must be a list", f"{param}.tool_calls")
+        cleaned["tool_calls"] = calls
+
+
+def _text(content: Any, param: str) -> str:
+    if isinstance(content, str):
+        return _unicode(content, param)
+    if not isinstance(content, list):
+        raise PromptError(f"{param} must be a string or a list of text parts", param)
+    texts = []
+    for n, part in enumerate(content):
+        place = f"{param}[{n}]"
+        if not isinstance(part, Mapping):
+            raise PromptError(f"{place} must be an object", place)
+        if part.get("type") != "text":
+            raise PromptError(f"{place}.type: only text parts are supported; found {part.get('type')!r:.80}", place)
+        if not isinstance(part.get("text"), str):
+            raise PromptError(f"{place}.text must be a string", f"{place}.text")
+        texts.append(_unicode(part["text"], f"{place}.text"))
+    return "\n\n".join(texts)
+
+
+def _unicode(text: str, param: str) -> str:
+    try:
+        if not text.isascii():
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"{param} holds half of a surrogate pair, which is not Unicode", param) from error
+    return text
+
+
+def _continues(last: Mapping[str, Any], thinking: bool) -> bool:
+    """Whether a cleaned last message leaves the answer in the middle of a text."""
+    if not last.get("prefix"):
+        return False
+    return bool(last["content"]) or (thinking and bool(last.get("reasoning_content")))
+
+
+def _blamed_param(message: str) -> str:
+    """The library reports no field; its texts name the tools, the format or else a message."""
+    lowered = message.lower()
+    if "tool_choice" in lowered or "'tool_call'" in lowered:
+        return "tool_choice"
+    if "response_format" in lowered:
+        return "response_format"
+    return "messages" if "message" in lowered or "tool" not in lowered else "tools"
+
+
+def _shortened(message: str) -> str:
+    return message if len(message) <= _MOST_MESSAGE_CHARACTERS else message[:_MOST_MESSAGE_CHARACTERS] + "..."
