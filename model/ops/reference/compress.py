@@ -1,0 +1,80 @@
+"""Online softmax of the compressors, one token at a time in position order (architecture, 2.4).
+
+The order of additions is a property of the positions alone, so that chunks of any size give the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+from model.step import CompressPlan
+
+State = tuple[Tensor, Tensor, Tensor]
+"""Running maximum, sum of weights and weighted sum, fp32 [G, C]; an empty softmax is (-inf, 0, 0)."""
+
+
+def fold(state: State, values_GC: Tensor, scores_GC: Tensor) -> State:
+    """One more term for each window; a score of -inf leaves the state as it is, to the bit."""
+    maximum, weight_sum, weighted = state
+    new_maximum = torch.maximum(maximum, scores_GC)
+    # An empty state that stays empty would compute -inf minus -inf.
+    reference = new_maximum.masked_fill(new_maximum == float("-inf"), 0.0)
+    keep, weight = torch.exp(maximum - reference), torch.exp(scores_GC - reference)
+    return new_maximum, weight_sum * keep + weight, weighted * keep + values_GC * weight
+
+
+def _fold_windows(state: State, values_TC: Tensor, scores_TC: Tensor, tokens_GK: Tensor) -> State:
+    for tokens_G in tokens_GK.unbind(1):
+        rows = tokens_G.clamp_min(0)
+        scores = scores_TC.index_select(0, rows).masked_fill((tokens_G < 0).unsqueeze(1), float("-inf"))
+        state = fold(state, values_TC.index_select(0, rows), scores)
+    return state
+
+
+def _initial(windows: int, accumulators_B3C: Tensor, plan: CompressPlan) -> Tensor:
+    """[3, G, C]: each request's first window goes on from its slot, the others start empty."""
+    state = accumulators_B3C.new_zeros(3, windows, accumulators_B3C.shape[-1])
+    state[0] = float("-inf")
+    state.index_copy_(1, plan.first_B, accumulators_B3C.transpose(0, 1))
+    return state
+
+
+def compress(
+    values_TX: Tensor, scores_TX: Tensor, plan: CompressPlan, accumulators: Tensor, *, overlap: bool
+) -> Tensor:
+    """Fold the step's tokens, update `accumulators` [slots, parts, 3, C] in place, return entries [E, C] fp32.
+
+    `values_TX`, `scores_TX`: fp32 [T, C], or [T, 2C] with overlap: first the share in the next window's entry, then
+    the share in the token's own. Scores carry the position bias already.
+    """
+    windows, channels = plan.tokens_GK.shape[0], accumulators.shape[-1]
+    slots_B = accumulators.index_select(0, plan.slot_B)
+    own = slice(channels, None) if overlap else slice(None)
+    current = _initial(windows, slots_B[:, 0], plan)
+    following = None
+    if overlap:
+        state = _initial(windows, slots_B[:, 1], plan).unbind(0)
+        following = torch.stack(_fold_windows(state, values_TX[:, :channels], scores_TX[:, :channels], plan.tokens_GK))
+        # A window that is not its request's first starts from the overlap of the window before it.
+        first_B = current.index_select(1, plan.first_B)
+        current = following.roll(1, dims=1).index_copy(1, plan.first_B, first_B)
+    maximum, weight_sum, weighted = _fold_windows(
+        current.unbind(0), values_TX[:, own], scores_TX[:, own], plan.tokens_GK
+    )
+    _store(torch.stack([maximum, weight_sum, weighted]), following, plan, accumulators)
+    emit = plan.emit_windows
+    return weighted.index_select(0, emit) / weight_sum.index_select(0, emit)
+
+
+def _store(current: Tensor, following: Tensor | None, plan: CompressPlan, accumulators: Tensor) -> None:
+    """A completed window is over: the overlap becomes the entry in progress, and what follows it is empty."""
+    last_B3C = current.index_select(1, plan.last_B).transpose(0, 1)
+    empty_B3C = torch.zeros_like(last_B3C)
+    empty_B3C[:, 0] = float("-inf")
+    completes = plan.completes_B[:, None, None]
+    if following is None:
+        accumulators[plan.slot_B] = torch.where(completes, empty_B3C, last_B3C).unsqueeze(1)
+        return
+    next_B3C = following.index_select(1, plan.last_B).transpose(0, 1)
+    accumulators[plan.slot_B] = torch.stack(
+        [torch.where(completes, next_B3C, last_B3C), torch.where(completes, empty_B3C, next_B3C)], dim=1
+    )

@@ -1,0 +1,85 @@
+"""Routing and routed experts (architecture, 2.7)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.ops.registry import LinearOp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertBank:
+    """Experts `start` .. `start + length` of this rank; matrices by local number, in the model's dtype."""
+
+    start: int
+    length: int
+    gate_up: Callable[[int], Tensor]
+    """[2F, D]: w1 over w3."""
+    down: Callable[[int], Tensor]
+    """[D, F]."""
+    round_activations: Callable[[Tensor], Tensor]
+    """Before every matrix, in official numerics."""
+    limit: float
+
+
+def _normalised(scores_TA: Tensor, scaling: float) -> Tensor:
+    # A floor far below any score: softplus never reaches it unless a logit is about -90.
+    return scores_TA / (scores_TA.sum(-1, keepdim=True) + 1e-20) * scaling
+
+
+def _scores(logits_TE: Tensor) -> Tensor:
+    return torch.nn.functional.softplus(logits_TE).sqrt()
+
+
+def score_route(logits_TE: Tensor, bias_E: Tensor, count: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """Ids [T, A] of the best biased scores, and the unbiased scores normalised over them, times `scaling`."""
+    scores_TE = _scores(logits_TE)
+    ids_TA = (scores_TE + bias_E).topk(count, dim=-1, sorted=False).indices
+    return ids_TA, _normalised(scores_TE.gather(1, ids_TA), scaling)
+
+
+def hash_route(logits_TE: Tensor, ids_TA: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Given ids, weighted like `score_route`."""
+    return ids_TA, _normalised(_scores(logits_TE.gather(1, ids_TA)), scaling)
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit), fp32 inside, like `gate`."""
+    wide = torch.nn.functional.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)
+    return wide.to(gate.dtype)
+
+
+def experts(
+    x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, bank: ExpertBank, *, weight_first: bool, linear: LinearOp
+) -> Tensor:
+    """Tokens grouped by expert; a token's outputs are summed in the order of its choices.
+
+    `weight_first` multiplies the routing weight into the activation before w2, as the reference does; otherwise it
+    multiplies w2's output in fp32.
+    """
+    tokens, choices = ids_TA.shape
+    local = ids_TA.flatten() - bank.start
+    out = x_TD.new_zeros(tokens * choices, x_TD.shape[1], dtype=torch.float32)
+    for expert in local.unique().tolist():
+        if not 0 <= expert < bank.length:
+            continue
+        pairs = (local == expert).nonzero().squeeze(1)
+        x = bank.round_activations(x_TD.index_select(0, pairs // choices))
+        gate, up = linear(x, bank.gate_up(expert)).chunk(2, dim=-1)
+        weight = weights_TA.flatten().index_select(0, pairs).unsqueeze(1)
+        if weight_first:
+            h = (swiglu(gate.float(), up.float(), bank.limit) * weight).to(x.dtype)
+            y = linear(bank.round_activations(h), bank.down(expert)).float()
+        else:
+            y = linear(swiglu(gate, up, bank.limit), bank.down(expert)).float() * weight
+        out[pairs] = y
+    return _sum_choices(out.unflatten(0, (tokens, choices)))
+
+
+def _sum_choices(out_TAD: Tensor) -> Tensor:
+    total = out_TAD[:, 0]
+    for choice in out_TAD.unbind(1)[1:]:
+        total = total + choice
+    return total

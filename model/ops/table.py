@@ -1,0 +1,34 @@
+"""Which implementation of each op a device gets."""
+
+from functools import partial
+
+from model.ops.reference import attention, compress, hyper, index, linear, moe, norm, rope
+from model.ops.registry import OpTable
+
+
+def resolve_ops(device: str, *, deterministic: bool = False) -> OpTable:
+    """The op table of a device type, such as "cpu" or "cuda"; resolved once at start.
+
+    `deterministic`: a row's bits depend neither on the other rows of the step nor on its place among them, so chunked
+    and whole prompts, and single and batched requests, agree exactly.
+    """
+    return _table(tiled=deterministic)
+
+
+def _table(*, tiled: bool) -> OpTable:
+    product = linear.linear_tiled if tiled else linear.linear
+    product_fp32 = linear.linear_fp32_tiled if tiled else linear.linear_fp32
+    return OpTable(
+        linear=product,
+        linear_fp32=product_fp32,
+        grouped_linear=linear.grouped_linear_tiled if tiled else linear.grouped_linear,
+        rms_norm=norm.rms_norm,
+        rotate=rope.rotate,
+        hyper_pre=partial(hyper.hyper_pre, linear=product_fp32),
+        hyper_post=hyper.hyper_post,
+        hyper_head=partial(hyper.hyper_head, linear=product_fp32),
+        compress=compress.compress,
+        index=index.index,
+        attention=attention.attention,
+        experts=partial(moe.experts, linear=product),
+    )
