@@ -1,7 +1,7 @@
 """Engine configuration: what the user may say, and the one pure function that settles every "auto"."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from model.config import ModelConfig
 from model.kv_layout import IndexFormat, KVLayout, RowFormat
@@ -49,8 +49,9 @@ class MachineFacts:
     has_bf16: bool
     """Fast bfloat16 arithmetic."""
     free_bytes: int
-    """Memory free for pages and slots after the weights are loaded."""
+    """Memory that the engine may still take once the weights are loaded."""
     num_cores: int
+    """Cores this process may use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,3 +73,178 @@ class ResolvedConfig:
 
     def layout(self, model: ModelConfig) -> KVLayout:
         return KVLayout(config=model, row_format=self.row_format, index_format=self.index_format)
+
+
+class Formats(NamedTuple):
+    """What numbers are made of; settled before the weights are loaded."""
+
+    dtype: Literal["bfloat16", "float32"]
+    row_format: RowFormat
+    index_format: IndexFormat
+
+
+SMALL_HIDDEN_SIZE = 512
+"""Below this width a CPU step is dispatch, not arithmetic: bfloat16 gains nothing there and float32 is exact."""
+GPU_BATCHED_TOKENS = 8192
+CPU_BATCHED_TOKENS = 1024
+MOST_SEQS = 256
+CPU_KV_SHARE = 4
+"""Without `kv_cache_bytes` a CPU engine takes one part in this many of the free memory,"""
+CPU_KV_MOST_BYTES = 4 << 30
+"""and no more than this: a machine's memory is shared, a card's is not."""
+SLOT_SHARE = 4
+"""Without `max_num_seqs` slots take at most one part in this many of the budget."""
+SAMPLER_ELEMENTS = 1 << 25
+"""Most elements of one block of logits; longer batches are sampled block by block."""
+_SAMPLER_COPIES = 4
+_ACTIVATION_COPIES = 24
+
+
+def resolve_formats(
+    config: EngineConfig, model: ModelConfig, *, device: Literal["cpu", "cuda"], has_bf16: bool
+) -> Formats:
+    """Settle dtype and storage formats.
+
+        dtype auto      CUDA: bfloat16. CPU: bfloat16 where it is fast and the model is at least 512 wide, else float32
+        rows            kv_cache_dtype; auto is the dtype in plain numerics and fp8 in official numerics
+        index keys      fp8 rows: fp8 in plain numerics, fp4 in official ones; float rows: the same float format
+
+    Raises:
+        EngineConfigError: float32 rows of a bfloat16 model.
+    """
+    dtype: Literal["bfloat16", "float32"]
+    if config.dtype != "auto":
+        dtype = config.dtype
+    elif device == "cuda" or (has_bf16 and model.hidden_size >= SMALL_HIDDEN_SIZE):
+        dtype = "bfloat16"
+    else:
+        dtype = "float32"
+    row_format: RowFormat
+    if config.kv_cache_dtype != "auto":
+        row_format = config.kv_cache_dtype
+    else:
+        row_format = "fp8" if config.numerics == "official" else dtype
+    if dtype == "bfloat16" and row_format == "float32":
+        raise EngineConfigError(
+            "kv_cache_dtype: float32 holds no more than bfloat16 when dtype is bfloat16; "
+            "use kv_cache_dtype auto, bfloat16 or fp8, or dtype float32"
+        )
+    fp8_index: IndexFormat = "fp4" if config.numerics == "official" else "fp8"
+    index_format: IndexFormat = fp8_index if row_format == "fp8" else row_format
+    return Formats(dtype, row_format, index_format)
+
+
+def workspace_bytes(
+    model: ModelConfig,
+    *,
+    dtype: Literal["bfloat16", "float32"],
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+) -> int:
+    """Memory one step may need beside weights, pages and slots: logits of one sampler block, counts of the penalties
+    and the activations of the widest layer. An estimate from above for the sampler, an empirical one for activations.
+    """
+    logits = min(max_num_seqs * model.vocab_size, max(SAMPLER_ELEMENTS, model.vocab_size)) * 4 * _SAMPLER_COPIES
+    counts = max_num_seqs * model.vocab_size * 4
+    widest = max(
+        model.hc_mult * model.hidden_size,
+        model.num_attention_heads * model.head_dim,
+        model.num_experts_per_tok * 2 * model.moe_intermediate_size,
+    )
+    element = 2 if dtype == "bfloat16" else 4
+    return logits + counts + max_num_batched_tokens * widest * element * _ACTIVATION_COPIES
+
+
+def resolve(config: EngineConfig, model: ModelConfig, facts: MachineFacts) -> ResolvedConfig:
+    """Settle every "auto" from the flags, the model and the machine; a pure function.
+
+    Raises:
+        EngineConfigError: flags that contradict each other, the model or the machine.
+    """
+    _check_ranges(config, facts)
+    formats = resolve_formats(config, model, device=facts.device, has_bf16=facts.has_bf16)
+    layout = KVLayout(config=model, row_format=formats.row_format, index_format=formats.index_format)
+    batched_tokens = config.max_num_batched_tokens or (
+        GPU_BATCHED_TOKENS if facts.device == "cuda" else CPU_BATCHED_TOKENS
+    )
+    most_seqs = config.max_num_seqs or min(MOST_SEQS, batched_tokens)
+    workspace = workspace_bytes(
+        model, dtype=formats.dtype, max_num_seqs=most_seqs, max_num_batched_tokens=batched_tokens
+    )
+    budget = _kv_budget(config, facts, workspace)
+    num_seqs = config.max_num_seqs or max(1, min(most_seqs, budget // SLOT_SHARE // layout.bytes_per_slot))
+    if num_seqs > batched_tokens:
+        raise EngineConfigError(
+            f"max_num_seqs: {num_seqs} requests do not fit a step of max_num_batched_tokens {batched_tokens}; "
+            f"every running request takes one token of a step"
+        )
+    num_pages = (budget - num_seqs * layout.bytes_per_slot) // layout.bytes_per_page
+    if num_pages < 1:
+        least = num_seqs * layout.bytes_per_slot + layout.bytes_per_page
+        raise EngineConfigError(
+            f"kv_cache_bytes: {budget} bytes hold no page beside {num_seqs} slots: one page takes "
+            f"{layout.bytes_per_page} bytes, one slot {layout.bytes_per_slot}; at least {least} bytes are needed "
+            f"({layout.bytes_per_page + layout.bytes_per_slot} with max_num_seqs 1)"
+        )
+    return ResolvedConfig(
+        model_dir=config.model_dir,
+        device=facts.device,
+        dtype=formats.dtype,
+        numerics=config.numerics,
+        row_format=formats.row_format,
+        index_format=formats.index_format,
+        deterministic=config.deterministic,
+        max_model_len=_max_model_len(config, model, num_pages * layout.page_tokens),
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=batched_tokens,
+        num_pages=num_pages,
+        num_threads=config.num_threads or facts.num_cores,
+    )
+
+
+def _check_ranges(config: EngineConfig, facts: MachineFacts) -> None:
+    if config.device not in ("auto", facts.device):
+        raise EngineConfigError(f"device: {config.device} was asked for, but this machine offers {facts.device}")
+    for field in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "num_threads"):
+        value: int | None = getattr(config, field)
+        if value is not None and value < 1:
+            raise EngineConfigError(f"{field}: expected at least 1, found {value}")
+    if not 0.0 < config.gpu_memory_utilization <= 1.0:
+        raise EngineConfigError(
+            f"gpu_memory_utilization: expected more than 0 and at most 1, found {config.gpu_memory_utilization}"
+        )
+    if config.num_threads is not None and config.num_threads > facts.num_cores:
+        raise EngineConfigError(f"num_threads: {config.num_threads} is more than the {facts.num_cores} cores there are")
+
+
+def _kv_budget(config: EngineConfig, facts: MachineFacts, workspace: int) -> int:
+    """Bytes for pages and slots."""
+    left = facts.free_bytes - workspace
+    if config.kv_cache_bytes is not None:
+        if config.kv_cache_bytes > left:
+            raise EngineConfigError(
+                f"kv_cache_bytes: {config.kv_cache_bytes} bytes do not fit: {facts.free_bytes} bytes are free and a "
+                f"step needs {workspace} of them; at most {max(0, left)} fit"
+            )
+        return config.kv_cache_bytes
+    if left <= 0:
+        raise EngineConfigError(
+            f"no memory is left for the KV cache: {facts.free_bytes} bytes are free and a step needs {workspace}; "
+            f"lower max_num_batched_tokens or max_num_seqs"
+        )
+    return left if facts.device == "cuda" else min(left // CPU_KV_SHARE, CPU_KV_MOST_BYTES)
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig, kv_tokens: int) -> int:
+    if config.max_model_len is None:
+        return min(model.max_position_embeddings, kv_tokens)
+    if config.max_model_len > model.max_position_embeddings:
+        raise EngineConfigError(
+            f"max_model_len: {config.max_model_len} is more than the model's {model.max_position_embeddings} positions"
+        )
+    if config.max_model_len > kv_tokens:
+        raise EngineConfigError(
+            f"max_model_len: {config.max_model_len} tokens do not fit the KV cache, which holds {kv_tokens}; "
+            f"raise kv_cache_bytes, lower max_num_seqs, or use max_model_len {kv_tokens} or less"
+        )
+    return config.max_model_len
