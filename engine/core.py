@@ -1,0 +1,159 @@
+"""The engine: hear, plan, run, commit, answer. One thread; messages come in through `inbox`."""
+
+import logging
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+from engine.executor import Executor, StepError
+from engine.messages import (
+    PROTOCOL_VERSION,
+    AbortRequest,
+    AddRequest,
+    EngineDead,
+    EngineInfo,
+    FromEngine,
+    Heartbeat,
+    Ping,
+    Shutdown,
+    ToEngine,
+)
+from engine.plan import StepPlan, StepResult
+from engine.request import InvalidRequestError, Request
+from engine.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 0.5
+"""Longest silence of a healthy step loop between steps."""
+
+
+class EngineCore:
+    """One executor and its scheduler."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        draw_seed: Callable[[], int] = lambda: secrets.randbits(63),
+        load_seconds: float = 0.0,
+    ) -> None:
+        layout = executor.config.layout(executor.model)
+        self.executor = executor
+        self.scheduler = Scheduler(executor.config, layout, eos_token_id=executor.eos_token_id)
+        self.info = engine_info(executor, load_seconds=load_seconds)
+        self.inbox: SimpleQueue[ToEngine | Exception] = SimpleQueue()
+        """An exception in it ends the engine: that is how a broken link tells the loop."""
+        self.outbox: deque[FromEngine] = deque()
+        self._clock = clock
+        self._draw_seed = draw_seed
+        self._num_requests = 0
+        self._leaving = False
+
+    def step(self, wait_seconds: float = 0.0) -> None:
+        """One turn. With nothing to do it waits for a message, at most `wait_seconds`."""
+        self._receive(0.0 if self.scheduler.has_work else wait_seconds)
+        plan = self.scheduler.schedule(self._clock())
+        result = self._execute(plan)
+        outputs = self.scheduler.update(plan, result, self._clock())
+        if outputs.request_ids:
+            self.outbox.append(outputs)
+
+    def run(self, send: Callable[[FromEngine], None]) -> bool:
+        """Step until a Shutdown comes (True) or the engine dies (False).
+
+        The first frame is EngineInfo; dying, the last one is EngineDead.
+        """
+        try:
+            send(self.info)
+            last_sent = self._clock()
+            while not self._leaving:
+                self.step(max(0.0, last_sent + HEARTBEAT_SECONDS - self._clock()))
+                if not self.outbox and self._clock() - last_sent >= HEARTBEAT_SECONDS:
+                    self.outbox.append(Heartbeat(stats=self.scheduler.stats()))
+                while self.outbox:
+                    send(self.outbox.popleft())
+                    last_sent = self._clock()
+        except Exception as error:
+            logger.exception("the engine ends")
+            send(EngineDead(reason=f"{type(error).__name__}: {error}"))
+            return False
+        finally:
+            self.executor.close()
+        return True
+
+    def _receive(self, wait_seconds: float) -> None:
+        try:
+            message = self.inbox.get(timeout=wait_seconds) if wait_seconds > 0 else self.inbox.get_nowait()
+            while True:
+                self._handle(message)
+                message = self.inbox.get_nowait()
+        except Empty:
+            return
+
+    def _handle(self, message: ToEngine | Exception) -> None:
+        match message:
+            case AddRequest():
+                self._add(message)
+            case AbortRequest():
+                self.scheduler.abort(message.request_id)
+            case Ping():
+                self.outbox.append(Heartbeat(stats=self.scheduler.stats(), nonce=message.nonce))
+            case Shutdown():
+                self._leaving = True
+            case Exception():
+                raise message
+
+    def _add(self, message: AddRequest) -> None:
+        if message.request_id in self.scheduler.requests:
+            # An answer would end the stream of the request that has the id.
+            logger.error("request id %s came twice; the second one is dropped", message.request_id)
+            return
+        self._num_requests += 1
+        try:
+            request = Request(
+                message,
+                vocab_size=self.executor.model.vocab_size,
+                order=self._num_requests,
+                seed=self._draw_seed(),
+            )
+        except InvalidRequestError as error:
+            logger.warning("request %s refused: %s", message.request_id, error)
+            self.scheduler.refuse(message.request_id, str(error))
+        else:
+            self.scheduler.add(request)
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        if not plan.scheduled and not plan.finished:
+            return StepResult(step_id=plan.step_id)
+        try:
+            return self.executor.execute(plan)
+        except StepError as error:
+            logger.exception("step %d failed; its %d requests end", plan.step_id, len(plan.scheduled))
+            return StepResult(step_id=plan.step_id, failed={s.request_id: str(error) for s in plan.scheduled})
+
+
+def engine_info(executor: Executor, *, load_seconds: float = 0.0) -> EngineInfo:
+    """First frame of an engine that runs `executor` in this process."""
+    config = executor.config
+    layout = config.layout(executor.model)
+    return EngineInfo(
+        protocol_version=PROTOCOL_VERSION,
+        model_dir=config.model_dir,
+        vocab_size=executor.model.vocab_size,
+        max_model_len=config.max_model_len,
+        eos_token_id=executor.eos_token_id,
+        page_tokens=layout.page_tokens,
+        num_pages=config.num_pages,
+        num_slots=config.max_num_seqs,
+        kv_bytes_per_page=layout.bytes_per_page,
+        dtype=config.dtype,
+        kv_cache_dtype=config.row_format,
+        numerics=config.numerics,
+        pid=os.getpid(),
+        load_seconds=load_seconds,
+    )

@@ -1,0 +1,132 @@
+"""One request inside the engine: tokens known, tokens computed, and what it holds. There are no phases."""
+
+from enum import Enum
+
+import msgspec
+import numpy as np
+
+from engine.kv.manager import Grant
+from engine.messages import AddRequest, FinishReason, RequestError, SamplingParams, unpack_ids
+
+
+class RequestStatus(Enum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class InvalidRequestError(ValueError):
+    """A request that the server should have refused; nothing of it reached the engine's state."""
+
+
+class Request:
+    """State of one request, changed by the scheduler only.
+
+    `token_ids` grows; a step raises `num_computed_tokens` toward `num_tokens`, and the row of the last known token
+    samples the next one.
+    """
+
+    __slots__ = (
+        "_tokens",
+        "arrival_time",
+        "cache_salt",
+        "deadline",
+        "error",
+        "finish_reason",
+        "first_scheduled_time",
+        "grant",
+        "last_step_id",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prompt_tokens",
+        "num_tokens",
+        "order",
+        "priority",
+        "request_id",
+        "sampling",
+        "status",
+        "stop_token_id",
+        "trace_id",
+    )
+
+    def __init__(self, message: AddRequest, *, vocab_size: int, order: int, seed: int) -> None:
+        """`order` breaks ties of arrival; `seed` is used when the message has none.
+
+        Raises:
+            InvalidRequestError: an id outside 0 .. vocab_size - 1, an empty prompt, an impossible count.
+        """
+        _check(message, vocab_size)
+        prompt = unpack_ids(message.prompt_token_ids)
+        sampling = message.sampling
+        self.request_id = message.request_id
+        self.sampling: SamplingParams = (
+            sampling if sampling.seed is not None else msgspec.structs.replace(sampling, seed=seed)
+        )
+        self.priority = message.priority
+        self.deadline = message.deadline
+        self.arrival_time = message.arrival_time
+        self.cache_salt = message.cache_salt
+        self.trace_id = message.trace_id
+        self.order = order
+        self.num_prompt_tokens = len(prompt)
+        self.num_tokens = len(prompt)
+        self.num_computed_tokens = 0
+        self.num_cached_tokens = 0
+        self._tokens = prompt.astype(np.int32)
+        self.grant: Grant | None = None
+        self.status = RequestStatus.QUEUED
+        self.finish_reason: FinishReason | None = None
+        self.stop_token_id: int | None = None
+        self.error: RequestError | None = None
+        self.first_scheduled_time: float | None = None
+        self.last_step_id = 0
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """int32 [num_tokens]; a view that later tokens never change."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def slot(self) -> int | None:
+        return None if self.grant is None else self.grant.slot
+
+    @property
+    def page_ids(self) -> tuple[int, ...]:
+        return () if self.grant is None else tuple(self.grant.page_ids)
+
+    @property
+    def queued_seconds(self) -> float:
+        """Arrival to first scheduled step; 0 until then."""
+        return 0.0 if self.first_scheduled_time is None else max(0.0, self.first_scheduled_time - self.arrival_time)
+
+    def append(self, token_id: int) -> None:
+        if self.num_tokens == len(self._tokens):
+            grown = np.empty(self.num_tokens + max(64, self.num_tokens // 4), dtype=np.int32)
+            grown[: self.num_tokens] = self._tokens
+            self._tokens = grown
+        self._tokens[self.num_tokens] = token_id
+        self.num_tokens += 1
+
+
+def _check(message: AddRequest, vocab_size: int) -> None:
+    """Ids index the runner's tensors: one that is out of range would touch other requests (reliability 0.2)."""
+    sampling = message.sampling
+    if not message.request_id:
+        raise InvalidRequestError("the request has no id")
+    if len(message.prompt_token_ids) % 4 or not message.prompt_token_ids:
+        raise InvalidRequestError("the prompt must hold at least one token, four bytes each")
+    prompt = unpack_ids(message.prompt_token_ids)
+    if int(prompt.min()) < 0 or int(prompt.max()) >= vocab_size:
+        raise InvalidRequestError(f"prompt token ids must be in 0..{vocab_size - 1}")
+    if any(not 0 <= i < vocab_size for i in (*sampling.stop_token_ids, *sampling.logit_bias)):
+        raise InvalidRequestError(f"stop and bias token ids must be in 0..{vocab_size - 1}")
+    if sampling.max_tokens < 1 or sampling.min_tokens < 0:
+        raise InvalidRequestError("max_tokens must be at least 1 and min_tokens at least 0")

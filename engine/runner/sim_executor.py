@@ -1,0 +1,272 @@
+"""An executor without a model: deterministic tokens, a cost model, and a check of every plan. Torch-free.
+
+A token is a hash of the request's whole history and its seed, so chunking, batching and neighbours cannot change it:
+equal requests get equal tokens under every budget. Every plan is compared with the executor's own record of requests,
+pages and slots; a plan that would read or write the wrong memory on a device raises AssertionError here.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.config import EngineConfig, EngineConfigError, ResolvedConfig
+from engine.plan import NewRequest, ScheduledTokens, StepPlan, StepResult, TokenLogprobs
+from model.config import ModelConfig, load_config
+from model.kv_layout import PAGE_TOKENS
+from model.presets import preset
+
+Script = Callable[[np.ndarray], Sequence[int]]
+"""Prompt ids to the tokens of the answer; after the last of them comes EOS."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostModel:
+    """Seconds of a step: base + per row + per (row x tokens of context before it)."""
+
+    base_seconds: float = 0.002
+    row_seconds: float = 2e-6
+    context_seconds: float = 0.0
+
+    def seconds(self, plan: StepPlan) -> float:
+        work = sum(s.num_tokens * s.start for s in plan.scheduled)
+        return self.base_seconds + self.row_seconds * plan.num_tokens + self.context_seconds * work
+
+
+@dataclass(slots=True, kw_only=True)
+class Faults:
+    """What shall go wrong, for tests."""
+
+    raise_in_step: dict[int, Exception] = field(default_factory=dict)
+    """Step id to the exception that leaves `execute`."""
+    fail_requests: dict[str, str] = field(default_factory=dict)
+    """Request id to the reason; the request fails at its first token."""
+    hang_in_step: int | None = None
+    """The step that does not return for `hang_seconds`."""
+    hang_seconds: float = math.inf
+
+
+@dataclass(slots=True, kw_only=True)
+class _Record:
+    """What a device would remember of one request."""
+
+    new: NewRequest
+    history: "hashlib.blake2b"
+    sampled: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    page_ids: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.new.token_ids) + len(self.sampled)
+
+    @property
+    def num_output(self) -> int:
+        return self.num_tokens - self.new.num_prompt_tokens
+
+    def raw_tokens(self, start: int, end: int) -> bytes:
+        """Tokens [start, end) as int32 little-endian bytes."""
+        known = len(self.new.token_ids)
+        head = self.new.token_ids[start:end].astype("<i4").tobytes()
+        tail = self.sampled[max(0, start - known) : max(0, end - known)]
+        return head + np.asarray(tail, dtype="<i4").tobytes()
+
+
+class SimExecutor:
+    """Implements `engine.executor.Executor`."""
+
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        model: ModelConfig,
+        *,
+        eos_probability: float = 0.0,
+        script: Script | None = None,
+        cost: CostModel | None = None,
+        sleep: bool = False,
+        faults: Faults | None = None,
+    ) -> None:
+        """`script` replaces the hash. `sleep` really waits as long as the cost model says."""
+        self.config = config
+        self.model = model
+        self.eos_token_id = model.eos_token_id
+        self.num_steps = 0
+        self._eos_probability = eos_probability
+        self._script = script
+        self._cost = cost or CostModel()
+        self._sleep = sleep
+        self._faults = faults or Faults()
+        self._records: dict[str, _Record] = {}
+        self._page_owner: dict[int, str] = {}
+        self._slot_owner: dict[int, str] = {}
+        self._last_step_id = 0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self._forget(plan)
+        self._check_step(plan)
+        if plan.step_id == self._faults.hang_in_step:
+            _hang(self._faults.hang_seconds)
+        if plan.step_id in self._faults.raise_in_step:
+            raise self._faults.raise_in_step[plan.step_id]
+        for new in plan.new:
+            self._learn(new)
+        sampled: list[tuple[str, int, TokenLogprobs | None]] = []
+        failed: dict[str, str] = {}
+        for rows in plan.scheduled:
+            record = self._run_rows(rows)
+            if not rows.samples:
+                continue
+            if rows.request_id in self._faults.fail_requests:
+                failed[rows.request_id] = self._faults.fail_requests[rows.request_id]
+                continue
+            token_id = self._sample(record)
+            record.sampled.append(token_id)
+            sampled.append((rows.request_id, token_id, self._logprobs(record, token_id)))
+        seconds = self._cost.seconds(plan)
+        if self._sleep:
+            time.sleep(seconds)
+        self.num_steps += 1
+        return StepResult(
+            step_id=plan.step_id,
+            request_ids=tuple(s[0] for s in sampled),
+            token_ids=tuple(s[1] for s in sampled),
+            logprobs=tuple(s[2] for s in sampled),
+            failed=failed,
+            seconds=seconds,
+        )
+
+    def close(self) -> None:
+        self._records.clear()
+
+    def _forget(self, plan: StepPlan) -> None:
+        for request_id in plan.finished:
+            record = self._records.pop(request_id, None)
+            if record is not None:
+                for page_id in record.page_ids:
+                    del self._page_owner[page_id]
+                del self._slot_owner[record.new.slot]
+
+    def _check_step(self, plan: StepPlan) -> None:
+        assert plan.step_id > self._last_step_id, "step ids grow"
+        self._last_step_id = plan.step_id
+        assert plan.num_tokens <= self.config.max_num_batched_tokens, f"{plan.num_tokens} rows in one step"
+        ids = [s.request_id for s in plan.scheduled]
+        assert len(set(ids)) == len(ids), "a request is scheduled twice"
+        assert {n.request_id for n in plan.new} <= set(ids), "a new request has no rows"
+        reserved: tuple[tuple[Any, ...], ...] = (
+            plan.page_copies,
+            plan.slot_restores,
+            plan.slot_snapshots,
+            plan.page_loads,
+            plan.page_spills,
+            plan.layer_row_starts,
+        )
+        assert not any(reserved), "the simulated executor moves no pages and restores no slots"
+
+    def _learn(self, new: NewRequest) -> None:
+        assert new.request_id not in self._records, f"{new.request_id} is new twice"
+        assert 0 <= new.slot < self.config.max_num_seqs, f"slot {new.slot}"
+        assert new.slot not in self._slot_owner, f"slot {new.slot} has two owners"
+        assert new.token_ids.dtype == np.int32 and len(new.token_ids) >= new.num_prompt_tokens >= 1
+        assert new.sampling.seed is not None, "the engine draws a seed when the request arrives"
+        self._slot_owner[new.slot] = new.request_id
+        salt = (new.sampling.seed % 2**64).to_bytes(8, "little")
+        self._records[new.request_id] = _Record(new=new, history=hashlib.blake2b(digest_size=16, salt=salt))
+
+    def _run_rows(self, rows: ScheduledTokens) -> _Record:
+        record = self._records[rows.request_id]
+        end = rows.start + rows.num_tokens
+        assert rows.start == record.num_computed, f"{rows.request_id}: row {rows.start} after {record.num_computed}"
+        assert record.num_computed < end <= record.num_tokens, f"{rows.request_id}: rows of unknown tokens"
+        assert rows.samples == (end == record.num_tokens), f"{rows.request_id}: samples is wrong"
+        assert end <= self.config.max_model_len
+        for page_id in rows.new_page_ids:
+            assert 0 <= page_id < self.config.num_pages, f"page {page_id}"
+            owner = self._page_owner.setdefault(page_id, rows.request_id)
+            assert owner == rows.request_id and page_id not in record.page_ids, f"page {page_id} has two owners"
+            record.page_ids.append(page_id)
+        assert len(record.page_ids) * PAGE_TOKENS >= end, f"{rows.request_id}: rows outside its pages"
+        record.history.update(record.raw_tokens(rows.start, end))
+        record.num_computed = end
+        return record
+
+    def _sample(self, record: _Record) -> int:
+        sampling = record.new.sampling
+        if self._script is not None:
+            answer = self._script(record.new.token_ids[: record.new.num_prompt_tokens])
+            if record.num_output < len(answer):
+                return answer[record.num_output]
+            return self.eos_token_id
+        early = record.num_output < sampling.min_tokens
+        may_end = not early and not sampling.ignore_eos
+        word = int.from_bytes(record.history.digest(), "little")
+        if may_end and (word >> 64) / 2.0**64 < self._eos_probability:
+            return self.eos_token_id
+        token_id = word % self.model.vocab_size
+        masked = {self.eos_token_id, *(sampling.stop_token_ids if early else ())}
+        while token_id in masked:
+            token_id = (token_id + 1) % self.model.vocab_size
+        return token_id
+
+    def _logprobs(self, record: _Record, token_id: int) -> TokenLogprobs | None:
+        count = record.new.sampling.logprobs
+        if count is None:
+            return None
+        top_ids = tuple((token_id + i) % self.model.vocab_size for i in range(count))
+        return TokenLogprobs(
+            logprob=math.log(0.5), top_ids=top_ids, top_logprobs=tuple(-(i + 1) * math.log(2.0) for i in range(count))
+        )
+
+
+def create_sim_executor(config: EngineConfig) -> SimExecutor:
+    """The executor of `simulate`: sizes from the configuration, waits as the cost model says, answers of ~64 tokens.
+
+    `model_dir` gives the model's configuration; when it is empty the preset `nano` does.
+
+    Raises:
+        ConfigError: `config.json` describes a model that Fathom cannot run.
+        OSError: there is no `config.json`.
+    """
+    model = load_config(Path(config.model_dir)) if config.model_dir else preset("nano")
+    return SimExecutor(sim_config(config, model), model, eos_probability=1 / 64, sleep=True)
+
+
+def sim_config(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
+    """Settle every choice without measuring a machine: nothing is allocated, so only the books count."""
+    max_model_len = config.max_model_len or min(model.max_position_embeddings, 65536)
+    max_num_seqs = config.max_num_seqs or 64
+    resolved = ResolvedConfig(
+        model_dir=config.model_dir,
+        device="cpu",
+        dtype="float32",
+        numerics=config.numerics,
+        row_format="float32",
+        index_format="float32",
+        deterministic=True,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens or 2048,
+        num_pages=4 * -(-max_model_len // PAGE_TOKENS) + max_num_seqs,
+        num_threads=1,
+    )
+    if config.kv_cache_bytes is None:
+        return resolved
+    layout = resolved.layout(model)
+    num_pages = (config.kv_cache_bytes - max_num_seqs * layout.bytes_per_slot) // layout.bytes_per_page
+    if num_pages < 1:
+        raise EngineConfigError(
+            f"kv_cache_bytes {config.kv_cache_bytes} does not hold {max_num_seqs} slots of {layout.bytes_per_slot} "
+            f"bytes and one page of {layout.bytes_per_page}"
+        )
+    return replace(resolved, num_pages=num_pages)
+
+
+def _hang(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.05)
