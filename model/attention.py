@@ -1,4 +1,4 @@
-"""Attention of one layer: sliding window plus compressed entries, one latent row as key and value (architecture, 2.3)."""
+"""Attention of one layer: window rows plus compressed entries; a row is key and value (architecture, 2.3)."""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from model.compressor import Compressor
 from model.config import CSA_RATIO, HCA_RATIO, LayerKind
 from model.indexer import Indexer
 from model.kv_cache import KVCache, RowStore
+from model.kv_layout import FP8_BLOCK
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.ops.reference import quant
@@ -55,7 +56,7 @@ class Attention(CheckpointModule):
         q_THC = build.ops.rotate(build.ops.rms_norm(q_THC, None, c.rms_norm_eps), rotation)
         rows_TC = build.ops.rotate(self.kv_norm(self.wkv(x_TD)), rotation)
         if build.numerics == "official":
-            rows_TC = quant.fp8_round_trip(rows_TC, quant.FP8_BLOCK, c.nope_head_dim)
+            rows_TC = quant.fp8_round_trip(rows_TC, FP8_BLOCK, c.nope_head_dim)
         rows_NC = self._window_rows(rows_TC, step, window)
         if self.kind == "window":
             o_THC = build.ops.attention(q_THC, rows_NC, step, self.attn_sink, self.scale)
@@ -93,6 +94,6 @@ class Attention(CheckpointModule):
         build = self.build
         o_TGX = o_THC.reshape(o_THC.shape[0], self.groups, -1)
         # Activations stay unrounded before wo_a in every numerics.
-        weight_GOX = self.wo_a.dense_weight().unflatten(0, (self.groups, -1))
+        weight_GOX = self.wo_a.dense_weight().view(self.groups, -1, o_TGX.shape[2])
         u_TGO = build.ops.grouped_linear(o_TGX, weight_GOX)
         return build.group.all_reduce(self.wo_b(u_TGO.flatten(1)))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from model.build import Build, CheckpointModule
 from model.kv_cache import RowStore
+from model.kv_layout import FP8_BLOCK
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.ops.reference import quant
@@ -15,8 +16,8 @@ class Compressor(CheckpointModule):
     """Folds tokens into a softmax for each channel and stores an entry when its last token has been folded.
 
     With overlap the first half of the projected channels belongs to the next window's entry, the second half to the
-    token's own. `rotate_fp4` marks the index keys: official numerics rotate them by Hadamard and round to FP4,
-    where entry rows get the FP8 round trip.
+    token's own. `index_keys`: official numerics rotate these by Hadamard and round them to FP4; entry rows get
+    the FP8 round trip instead.
     """
 
     def __init__(self, build: Build, channels: int, ratio: int, *, overlap: bool, index_keys: bool) -> None:
@@ -44,5 +45,5 @@ class Compressor(CheckpointModule):
             if self.index_keys:
                 rows = quant.fp4_round_trip(quant.hadamard(rows))
             else:
-                rows = quant.fp8_round_trip(rows, quant.FP8_BLOCK, config.nope_head_dim)
+                rows = quant.fp8_round_trip(rows, FP8_BLOCK, config.nope_head_dim)
         store.write(plan.emit_rows, store.pack(rows))

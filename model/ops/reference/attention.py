@@ -33,10 +33,7 @@ def attention(
         for index in _key_blocks(step.window.index_TW[tile]):
             online.add(window_NC[index.clamp_min(0)], index)
         if store is not None and entries is not None:
-            if selected_TS is None:
-                listed = listed_entries(entries.visible_T[tile])
-            else:
-                listed = selected_TS[tile]
+            listed = listed_entries(entries.visible_T[tile]) if selected_TS is None else selected_TS[tile]
             rows = entries.rows(request_T[tile].unsqueeze(1), listed)
             for index in _key_blocks(rows):
                 online.add(store.read(index.clamp_min(0)), index)
@@ -52,8 +49,10 @@ def listed_entries(visible_T: Tensor) -> Tensor:
 
 def _key_blocks(index_TS: Tensor) -> tuple[Tensor, ...]:
     """[QUERY_TILE, KEY_BLOCK] pieces of the lists; missing rows and queries are -1."""
+    if index_TS.shape[1] == 0:
+        return ()
     padding = (0, -index_TS.shape[1] % KEY_BLOCK, 0, QUERY_TILE - index_TS.shape[0])
-    return torch.nn.functional.pad(index_TS, padding, value=-1).split(KEY_BLOCK, dim=1)
+    return torch.split(torch.nn.functional.pad(index_TS, padding, value=-1), KEY_BLOCK, dim=1)
 
 
 class _OnlineSoftmax:

@@ -8,26 +8,26 @@ from torch import Tensor
 
 from model.step import CompressPlan
 
-State = tuple[Tensor, Tensor, Tensor]
-"""Running maximum, sum of weights and weighted sum, fp32 [G, C]; an empty softmax is (-inf, 0, 0)."""
 
+def fold(state_3GC: Tensor, values_GC: Tensor, scores_GC: Tensor) -> Tensor:
+    """One more term for each window; a score of -inf leaves the state as it is, to the bit.
 
-def fold(state: State, values_GC: Tensor, scores_GC: Tensor) -> State:
-    """One more term for each window; a score of -inf leaves the state as it is, to the bit."""
-    maximum, weight_sum, weighted = state
+    State: running maximum, sum of weights, weighted sum; fp32. An empty softmax is (-inf, 0, 0).
+    """
+    maximum, weight_sum, weighted = state_3GC
     new_maximum = torch.maximum(maximum, scores_GC)
     # An empty state that stays empty would compute -inf minus -inf.
     reference = new_maximum.masked_fill(new_maximum == float("-inf"), 0.0)
     keep, weight = torch.exp(maximum - reference), torch.exp(scores_GC - reference)
-    return new_maximum, weight_sum * keep + weight, weighted * keep + values_GC * weight
+    return torch.stack([new_maximum, weight_sum * keep + weight, weighted * keep + values_GC * weight])
 
 
-def _fold_windows(state: State, values_TC: Tensor, scores_TC: Tensor, tokens_GK: Tensor) -> State:
+def _fold_windows(state_3GC: Tensor, values_TC: Tensor, scores_TC: Tensor, tokens_GK: Tensor) -> Tensor:
     for tokens_G in tokens_GK.unbind(1):
         rows = tokens_G.clamp_min(0)
         scores = scores_TC.index_select(0, rows).masked_fill((tokens_G < 0).unsqueeze(1), float("-inf"))
-        state = fold(state, values_TC.index_select(0, rows), scores)
-    return state
+        state_3GC = fold(state_3GC, values_TC.index_select(0, rows), scores)
+    return state_3GC
 
 
 def _initial(windows: int, accumulators_B3C: Tensor, plan: CompressPlan) -> Tensor:
@@ -52,17 +52,15 @@ def compress(
     current = _initial(windows, slots_B[:, 0], plan)
     following = None
     if overlap:
-        state = _initial(windows, slots_B[:, 1], plan).unbind(0)
-        following = torch.stack(_fold_windows(state, values_TX[:, :channels], scores_TX[:, :channels], plan.tokens_GK))
+        carried = _initial(windows, slots_B[:, 1], plan)
+        following = _fold_windows(carried, values_TX[:, :channels], scores_TX[:, :channels], plan.tokens_GK)
         # A window that is not its request's first starts from the overlap of the window before it.
         first_B = current.index_select(1, plan.first_B)
         current = following.roll(1, dims=1).index_copy(1, plan.first_B, first_B)
-    maximum, weight_sum, weighted = _fold_windows(
-        current.unbind(0), values_TX[:, own], scores_TX[:, own], plan.tokens_GK
-    )
-    _store(torch.stack([maximum, weight_sum, weighted]), following, plan, accumulators)
-    emit = plan.emit_windows
-    return weighted.index_select(0, emit) / weight_sum.index_select(0, emit)
+    current = _fold_windows(current, values_TX[:, own], scores_TX[:, own], plan.tokens_GK)
+    _store(current, following, plan, accumulators)
+    _, weight_sum, weighted = current.index_select(1, plan.emit_windows)
+    return weighted / weight_sum
 
 
 def _store(current: Tensor, following: Tensor | None, plan: CompressPlan, accumulators: Tensor) -> None:

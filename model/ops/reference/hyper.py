@@ -48,7 +48,7 @@ def hyper_pre(
     wide_TMD, mix = _mixes(x_TMD, fn, norm_eps, linear)
     pre = torch.sigmoid(mix[:, :m] * scale[0] + base[:m]) + eps
     post = 2 * torch.sigmoid(mix[:, m : 2 * m] * scale[1] + base[m : 2 * m])
-    comb = sinkhorn((mix[:, 2 * m :] * scale[2] + base[2 * m :]).unflatten(1, (m, m)), iters, eps)
+    comb = sinkhorn((mix[:, 2 * m :] * scale[2] + base[2 * m :]).view(-1, m, m), iters, eps)
     return _collapse(wide_TMD, pre).to(x_TMD.dtype), post, comb
 
 

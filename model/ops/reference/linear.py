@@ -23,9 +23,8 @@ def grouped_linear(x_TGX: Tensor, weight_GOX: Tensor) -> Tensor:
 
 def linear_tiled(x: Tensor, weight_OI: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    return map_row_tiles(rows, lambda tile: torch.mm(tile, weight_OI.t()), weight_OI.shape[0]).unflatten(
-        0, x.shape[:-1]
-    )
+    out = map_row_tiles(rows, lambda tile: torch.mm(tile, weight_OI.t()), weight_OI.shape[0])
+    return out.view(*x.shape[:-1], -1)
 
 
 def linear_fp32_tiled(x: Tensor, weight_OI: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def experts(
     tokens, choices = ids_TA.shape
     local = ids_TA.flatten() - bank.start
     out = x_TD.new_zeros(tokens * choices, x_TD.shape[1], dtype=torch.float32)
-    for expert in local.unique().tolist():
+    for expert in torch.unique(local).tolist():
         if not 0 <= expert < bank.length:
             continue
         pairs = (local == expert).nonzero().squeeze(1)
@@ -75,7 +75,7 @@ def experts(
         else:
             y = linear(swiglu(gate, up, bank.limit), bank.down(expert)).float() * weight
         out[pairs] = y
-    return _sum_choices(out.unflatten(0, (tokens, choices)))
+    return _sum_choices(out.view(tokens, choices, -1))
 
 
 def _sum_choices(out_TAD: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], *, inverse: bool = False)
     if inverse:
         sin = -sin
     tail = x[..., x.shape[-1] - 2 * cos.shape[-1] :]
-    first, second = tail.float().unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = torch.unflatten(tail.float(), -1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
     tail.copy_(turned.flatten(-2))
     return x
