@@ -1,0 +1,82 @@
+"""`fathom`: one command, its subcommands imported when they run."""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.config import EngineConfig
+from server.config import VERSION, ServerConfig, ServerConfigError
+from server.flags import add_flags, from_args
+
+COMMANDS = {
+    "serve": "serve a model over HTTP",
+    "chat": "talk to a running server",
+    "make-checkpoint": "write a random checkpoint in the official format",
+}
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] == "serve":
+        return _serve(arguments[1:])
+    if arguments and arguments[0] == "chat":
+        from server.chat import main as chat
+
+        return chat(arguments[1:])
+    if arguments and arguments[0] == "make-checkpoint":
+        from model.tools.make_checkpoint import main as make_checkpoint
+
+        return make_checkpoint(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="fathom",
+        description="A standalone inference server for DeepSeek-V4.",
+        epilog="commands:\n" + "\n".join(f"  {name:16} {text}" for name, text in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fathom {VERSION}")
+    parser.add_argument("command", choices=COMMANDS, help="`fathom COMMAND --help` says more", metavar="COMMAND")
+    parser.parse_args(arguments)
+    raise AssertionError("argparse exits on everything that is not a command")
+
+
+def serve_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fathom serve", description="Serve a DeepSeek-V4 model over HTTP.")
+    parser.add_argument(
+        "model_dir",
+        nargs="?",
+        metavar="MODEL_DIR",
+        help="Hugging Face directory of a DeepSeek-V4 model; a small embedded one when absent",
+    )
+    add_flags(parser, ServerConfig)
+    add_flags(parser, EngineConfig, skip=frozenset({"model_dir"}))
+    return parser
+
+
+def _serve(argv: list[str]) -> int:
+    arguments = serve_parser().parse_args(argv)
+    from server.launch import serve
+
+    try:
+        model_dir = arguments.model_dir or _default_model_dir()
+        if not Path(model_dir).is_dir():
+            raise ServerConfigError(f"{model_dir}: no such model directory")
+        engine_config = from_args(EngineConfig, arguments, model_dir=model_dir)
+        return serve(from_args(ServerConfig, arguments), engine_config)
+    except ServerConfigError as error:
+        print(f"fathom serve: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _default_model_dir() -> str:
+    # In a process of its own: making the directory takes torch, which the server does without.
+    made = subprocess.run(
+        [sys.executable, "-m", "model.tools.default_model"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    lines = made.stdout.strip().splitlines()
+    if made.returncode or not lines:
+        raise ServerConfigError("the embedded model could not be made; the lines above say why")
+    return lines[-1]

@@ -1,0 +1,81 @@
+"""What `fathom serve` lets the user say about the HTTP side; the engine's own flags stand in engine.config."""
+
+import ipaddress
+from dataclasses import dataclass
+
+VERSION = "0.1.0"
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+
+
+class ServerConfigError(ValueError):
+    """Flags that cannot work together: one sentence that says what would work."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Flags of `fathom serve` that the HTTP process reads."""
+
+    host: str = DEFAULT_HOST
+    """Address to listen on; anything but loopback needs an API key."""
+    port: int = DEFAULT_PORT
+    """TCP port; 0 takes a free one."""
+    served_model_name: str | None = None
+    """Name that clients send as `model`; the name of the model directory when absent."""
+    api_key_file: str | None = None
+    """File with one API key in each line; lines that start with # are skipped. FATHOM_API_KEY adds one more."""
+    body_limit: int = 32 * 2**20
+    """Largest request body; a million tokens of text take 4 to 8 MiB."""
+    body_timeout: float = 60.0
+    """Seconds for a client to send a whole request body."""
+    header_timeout: float = 10.0
+    """Seconds for a client to send a request head."""
+    write_timeout: float = 60.0
+    """Seconds after which a client that does not read its stream is cut off."""
+    keep_alive_interval: float = 10.0
+    """Seconds between comments in a stream that has nothing to say yet."""
+    max_queued_requests: int = 2048
+    """Requests that may wait for their first token; more get 503."""
+    max_queued_tokens: int | None = None
+    """Prompt tokens that may wait; None: sixteen contexts, a million at least."""
+    max_requests_per_key: int | None = None
+    """Requests of one API key in flight; more get 429. None: no bound."""
+    queue_timeout: float = 600.0
+    """Seconds after which a request that has not started gets 503."""
+    drain_timeout: float = 30.0
+    """Seconds that running requests get to finish after SIGTERM."""
+    progress_timeout: float = 30.0
+    """Seconds without a step of the engine after which the server is not ready."""
+
+    def check(self, *, num_keys: int) -> None:
+        """Raise ServerConfigError for values out of range and for an open server without a key."""
+        if not 0 <= self.port <= 65535:
+            raise ServerConfigError(f"--port must be 0 to 65535, found {self.port}")
+        for name in ("body_limit", "max_queued_requests", "max_queued_tokens", "max_requests_per_key"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ServerConfigError(f"--{name.replace('_', '-')} must be at least 1, found {value}")
+        timeouts = ("body_timeout", "header_timeout", "write_timeout", "keep_alive_interval", "queue_timeout")
+        for name in (*timeouts, "progress_timeout"):
+            if not getattr(self, name) > 0:
+                raise ServerConfigError(f"--{name.replace('_', '-')} must be positive, found {getattr(self, name)}")
+        if not self.drain_timeout >= 0:
+            raise ServerConfigError(f"--drain-timeout must not be negative, found {self.drain_timeout}")
+        if self.served_model_name is not None and not 0 < len(self.served_model_name) <= 200:
+            raise ServerConfigError("--served-model-name must have 1 to 200 characters")
+        if num_keys == 0 and not is_loopback(self.host):
+            raise ServerConfigError(
+                f"--host {self.host} is reachable from other machines and no API key is set: give --api-key-file FILE "
+                "or FATHOM_API_KEY, or listen on 127.0.0.1"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """True for `localhost` and loopback addresses; other names are taken as reachable."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,183 @@
+"""The outermost ASGI layer: every request passes it before a route sees one byte.
+
+    head and declared length -> key -> body, counted while it comes -> route -> request id, one log line, one count
+
+Plain ASGI on purpose: wrappers that buffer or copy a response lose the client's disconnect.
+"""
+
+import asyncio
+import re
+import time
+from dataclasses import dataclass, field
+from secrets import token_hex
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server import limits, logs
+from server.auth import ANONYMOUS, OPEN_PATHS, KeyRing
+from server.config import ServerConfig
+from server.errors import ApiError, internal
+from server.metrics import Metrics
+
+_SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_QUIET_PATHS = OPEN_PATHS | {"/metrics"}
+_DISCARD_BYTES = 2**20
+_DISCARD_SECONDS = 1.0
+CLIENT_GONE = 499
+"""Logged for a client that left before its answer; never sent."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestContext:
+    """What the guard knows of a request and what the route adds for the log line."""
+
+    request_id: str
+    key_id: str = ANONYMOUS
+    arrival: float = field(default_factory=time.monotonic)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str = "-"
+
+
+def context_of(scope: Scope) -> RequestContext:
+    context = scope["fathom"]
+    assert isinstance(context, RequestContext)
+    return context
+
+
+class Guard:
+    def __init__(self, app: ASGIApp, *, config: ServerConfig, keys: KeyRing, metrics: Metrics) -> None:
+        self._app = app
+        self._config = config
+        self._keys = keys
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        context = RequestContext(request_id=_request_id(scope["headers"]))
+        scope["fathom"] = context
+        status = 0
+
+        async def tracking_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", context.request_id.encode("ascii"))]
+            await send(message)
+
+        try:
+            body = await self._pass(scope, receive, context)
+            await self._app(scope, receive if body is None else _replay(body, receive), tracking_send)
+        except ApiError as error:
+            if not status:
+                await error.response()(scope, receive, tracking_send)
+        except Exception as error:  # noqa: BLE001  the last boundary: a client gets an answer, the log gets the place
+            logs.server.error("request %s failed: %s", context.request_id, logs.failure(error))
+            if not status:
+                await internal().response()(scope, receive, tracking_send)
+        finally:
+            self._note(scope, context, status or CLIENT_GONE)
+
+    async def _pass(self, scope: Scope, receive: Receive, context: RequestContext) -> bytes | None:
+        """Check the request and read its body; None where there is none to read."""
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        limits.check_head(headers)
+        length = limits.declared_length(headers)
+        limit = self._config.body_limit
+        if length is not None and length > limit:
+            await _discard(headers, receive)
+            raise _too_large(limit)
+        if scope["path"] not in OPEN_PATHS:
+            key_id = self._keys.identify(headers)
+            if key_id is None:
+                raise ApiError(
+                    401,
+                    "Give a valid API key as `Authorization: Bearer KEY` or `x-api-key: KEY`.",
+                    type="authentication_error",
+                    code="invalid_api_key",
+                    headers={"WWW-Authenticate": "Bearer"},
+                )
+            context.key_id = key_id
+        if scope["method"] != "POST":
+            return None
+        try:
+            async with asyncio.timeout(self._config.body_timeout):
+                return await _read_body(headers, receive, limit)
+        except TimeoutError:
+            raise ApiError(408, "The request body did not arrive in time.", code="request_timeout") from None
+
+    def _note(self, scope: Scope, context: RequestContext, status: int) -> None:
+        path: str = scope["path"]
+        self._metrics.count_response(path, status)
+        if status < 400 and path in _QUIET_PATHS:
+            return
+        logs.access.info(
+            "%s %s %s %d %.0fms key=%s in=%d out=%d finish=%s",
+            context.request_id,
+            logs.plain(scope["method"]),
+            logs.plain(path),
+            status,
+            1000 * (time.monotonic() - context.arrival),
+            context.key_id,
+            context.prompt_tokens,
+            context.completion_tokens,
+            context.finish_reason,
+        )
+
+
+def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
+    """The client's x-request-id when it is harmless, else one of our own. It never keys engine state."""
+    for name, value in headers:
+        if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
+            return value.decode("ascii")
+    return "req-" + token_hex(16)
+
+
+async def _read_body(headers: list[tuple[bytes, bytes]], receive: Receive, limit: int) -> bytes:
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ApiError(CLIENT_GONE, "The client left.")
+        chunk: bytes = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            await _discard(headers, receive)
+            raise _too_large(limit)
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+async def _discard(headers: list[tuple[bytes, bytes]], receive: Receive) -> None:
+    """Read on for a moment: closing on a client that still writes would reset the connection before it reads why."""
+    if any(name == b"expect" for name, _ in headers):
+        return
+    size = 0
+    try:
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while size < _DISCARD_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A receive channel that hands out the body once and then waits for the disconnect."""
+    pending: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replay
+
+
+def _too_large(limit: int) -> ApiError:
+    headers = {"Connection": "close"}
+    return ApiError(413, f"The request body is larger than {limit} bytes.", code="request_too_large", headers=headers)

@@ -1,0 +1,64 @@
+"""What the routes do first: find the state, read a body, settle how many tokens may be generated."""
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from server import limits
+from server.errors import context_exceeded
+from server.protocol.common import Body
+from server.state import ServerState, Serving
+
+B = TypeVar("B", bound=Body)
+T = TypeVar("T")
+
+LARGE_BYTES = 64 * 1024
+"""Work on more text than this leaves the event loop, so that other streams go on."""
+_BYTES_PER_TOKEN = 4
+
+
+def state_of(request: Request) -> ServerState:
+    state = request.app.state.fathom
+    assert isinstance(state, ServerState)
+    return state
+
+
+async def read_body(request: Request, kind: type[B]) -> tuple[B, int]:
+    """The validated body and its size in bytes. Raises ApiError 400 or 415."""
+    limits.check_content_type(request.scope["headers"])
+    raw = await request.body()
+    body, unknown = await off_loop(len(raw), lambda: kind.read(raw))
+    if unknown:
+        state_of(request).metrics.unknown_fields.inc(unknown)
+    return body, len(raw)
+
+
+async def off_loop(num_bytes: int, work: Callable[[], T]) -> T:
+    """Run `work` here when it is small and in a thread when it is not."""
+    return await asyncio.to_thread(work) if num_bytes > LARGE_BYTES else work()
+
+
+def estimated_tokens(num_bytes: int) -> int:
+    """What a body probably holds, for the queue's bounds before anything is tokenised."""
+    return num_bytes // _BYTES_PER_TOKEN + 1
+
+
+def completion_budget(
+    serving: Serving, prompt_tokens: int, requested: int | None, default: int, *, param: str, limit_param: str
+) -> int:
+    """max_tokens of a request: what it asks for, or `default` clipped to the room that the prompt leaves (at least 1).
+
+    Raises:
+        ApiError: 400 context_length_exceeded; `param` is blamed for the prompt, `limit_param` for an explicit number.
+    """
+    limit = serving.max_request_tokens
+    room = limit - prompt_tokens
+    if room < 1:
+        raise context_exceeded(limit, prompt_tokens, requested or 1, param=param)
+    if requested is None:
+        return min(default, room)
+    if requested > room:
+        raise context_exceeded(limit, prompt_tokens, requested, param=limit_param)
+    return requested

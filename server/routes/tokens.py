@@ -1,0 +1,50 @@
+"""POST /tokenize and /detokenize: the server's own reading of text, for clients that count or build prompts."""
+
+import asyncio
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.errors import bad_request
+from server.middleware import context_of
+from server.protocol import sse
+from server.protocol.common import check_token_ids
+from server.protocol.tokens import DetokenizeBody, TokenizeBody
+from server.routes.call import estimated_tokens, read_body, state_of
+from server.routes.chat import render
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+@router.post("/v1/tokenize")
+async def tokenize(request: Request) -> Response:
+    body, num_bytes = await read_body(request, TokenizeBody)
+    state = state_of(request)
+    serving = state.serving()
+    if body.model is not None:
+        state.check_model(body.model)
+    prompt, messages = body.prompt, body.messages
+    if (prompt is None) == (messages is None):
+        raise bad_request("Give either `prompt` or `messages`.", param="prompt")
+    with state.admission.enter(context_of(request.scope).key_id, estimated_tokens(num_bytes)):
+        if prompt is not None:
+            ids = await asyncio.to_thread(serving.tokenizer.encode, prompt, special=True)
+        else:
+            rendered, _ = await asyncio.to_thread(render, serving.tokenizer, body, messages or [])
+            ids = rendered.token_ids.tolist()
+    answer = {"count": len(ids), "max_model_len": serving.info.max_model_len, "tokens": ids, "token_strs": None}
+    return Response(sse.json_bytes(answer), media_type="application/json")
+
+
+@router.post("/detokenize")
+@router.post("/v1/detokenize")
+async def detokenize(request: Request) -> Response:
+    body, _ = await read_body(request, DetokenizeBody)
+    state = state_of(request)
+    serving = state.serving()
+    if body.model is not None:
+        state.check_model(body.model)
+    check_token_ids(body.tokens, serving.info.vocab_size, "tokens")
+    text = await asyncio.to_thread(serving.tokenizer.decode, body.tokens)
+    return Response(sse.json_bytes({"prompt": text}), media_type="application/json")
