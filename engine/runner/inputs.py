@@ -1,0 +1,92 @@
+"""StepPlan -> ForwardBatch: vectorised on the host, one transfer to the device.
+
+Letters: T tokens of the step, B requests, P pages of the longest request, L rows that sample.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.plan import ScheduledTokens
+from engine.runner.request_table import RequestTable
+from model.batch import ForwardBatch
+from model.kv_layout import PAGE_TOKENS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    batch: ForwardBatch
+    request_ids: tuple[str, ...]
+    """Requests that sample, in plan order, and"""
+    slots_L: np.ndarray
+    """their slots, int64."""
+
+
+def build_inputs(scheduled: tuple[ScheduledTokens, ...], table: RequestTable, device: torch.device) -> StepInputs:
+    """The batch of a plan with at least one row; the table already knows the plan's requests and pages."""
+    slots_B = np.array([table.slot(s.request_id) for s in scheduled], dtype=np.int64)
+    starts_B = np.array([s.start for s in scheduled], dtype=np.int64)
+    lens_B = np.array([s.num_tokens for s in scheduled], dtype=np.int64)
+    samples_B = np.array([s.samples for s in scheduled], dtype=bool)
+    ends_B = starts_B + lens_B
+    num_pages = _check(scheduled, table, slots_B, ends_B, lens_B, samples_B)
+
+    query_start_B1 = np.concatenate([[0], np.cumsum(lens_B)])
+    request_index_T = np.repeat(np.arange(len(scheduled)), lens_B)
+    positions_T = np.arange(query_start_B1[-1]) + (starts_B - query_start_B1[:-1])[request_index_T]
+    rows = zip(slots_B.tolist(), starts_B.tolist(), ends_B.tolist(), strict=True)
+    token_ids_T = np.concatenate([table.token_ids(*row) for row in rows])
+    fields = (
+        token_ids_T,
+        positions_T,
+        request_index_T,
+        query_start_B1,
+        ends_B,
+        table.page_ids_SP[slots_B, :num_pages].reshape(-1),
+        slots_B,
+        query_start_B1[1:][samples_B] - 1,
+    )
+    tokens, positions, request_index, query_start, seq_lens, page_table, slots, logits_index = _transfer(fields, device)
+    batch = ForwardBatch(
+        token_ids_T=tokens,
+        positions_T=positions,
+        request_index_T=request_index,
+        query_start_B1=query_start,
+        seq_lens_B=seq_lens,
+        page_table_BP=page_table.view(len(scheduled), num_pages),
+        slot_B=slots,
+        logits_index_L=logits_index,
+        query_lens=tuple(lens_B.tolist()),
+        start_positions=tuple(starts_B.tolist()),
+    )
+    sampling = tuple(s.request_id for s in scheduled if s.samples)
+    return StepInputs(batch=batch, request_ids=sampling, slots_L=slots_B[samples_B])
+
+
+def _check(
+    scheduled: tuple[ScheduledTokens, ...],
+    table: RequestTable,
+    slots_B: np.ndarray,
+    ends_B: np.ndarray,
+    lens_B: np.ndarray,
+    samples_B: np.ndarray,
+) -> int:
+    """Assert that a plan touches its own requests' memory only; returns the pages of the longest request."""
+    ids = [s.request_id for s in scheduled]
+    assert len(set(ids)) == len(ids), "a request is scheduled twice"
+    assert lens_B.min() > 0, "a request without rows"
+    known_B = table.num_tokens_S[slots_B]
+    assert (ends_B <= known_B).all(), "rows of tokens that are not known yet"
+    assert (samples_B == (ends_B == known_B)).all(), "a token is sampled from the last known token and from no other"
+    pages_B = -(-ends_B // PAGE_TOKENS)
+    assert (pages_B <= table.num_pages_S[slots_B]).all(), "rows outside their request's pages"
+    return int(pages_B.max())
+
+
+def _transfer(fields: tuple[np.ndarray, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Integer arrays as int64 tensors on the device, through one buffer."""
+    host = torch.from_numpy(np.concatenate(fields, dtype=np.int64, casting="safe"))
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return torch.split(host.to(device, non_blocking=True), [len(f) for f in fields])

@@ -1,0 +1,265 @@
+"""From logits to tokens, for the whole batch at once. A row's token depends on its logits, its parameters and its own
+random number: never on its neighbours.
+
+    raw logits -> logit_bias -> repetition, presence, frequency -> min_tokens mask
+               -> temperature 0: the likeliest token, else
+               -> temperature -> top_k -> top_p -> min_p -> one draw from what is left
+
+Tokens stand in one order everywhere: higher logit first, ties by lower id. top_k, top_p and min_p each keep a prefix
+of that order, so the three together keep the shortest of the prefixes (top_p's mass is taken among top_k's tokens).
+The draw inverts the cumulative distribution over the prefix with one uniform number. Log probabilities are those of
+the model: log-softmax of the raw logits, before bias, penalties and temperature (as OpenAI reports them).
+
+Letters: L rows, V vocabulary, K tokens of a prefix, N rows of a subset.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.plan import TokenLogprobs
+from engine.runner.penalties import PenaltyCounts
+
+GREEDY_TEMPERATURE = 1e-5
+"""Below this a temperature is 0."""
+PREFIX_TOKENS = 1024
+"""Likeliest tokens that are looked at first; a row that needs more is sorted whole. The result is the same."""
+SORT_TOKENS = 4096
+"""Vocabularies up to this size are sorted whole at once."""
+NO_PENALTIES = np.array([[1.0], [0.0], [0.0]])
+"""repetition, presence, frequency; a column."""
+_TIE_ROOM = 64
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingBatch:
+    """Parameters of L rows on the host, in columns; meanings and ranges as in `SamplingParams`."""
+
+    temperature_L: np.ndarray
+    top_k_L: np.ndarray
+    """int64; 0: off."""
+    top_p_L: np.ndarray
+    min_p_L: np.ndarray
+    uniform_L: np.ndarray
+    """float64 in [0, 1): each row's random number."""
+    num_logprobs_L: np.ndarray
+    """int64; -1: none."""
+    slot_L: np.ndarray
+    """Row of the penalty counts."""
+    penalties_3L: np.ndarray
+    """repetition, presence, frequency."""
+    bias_rows_N: np.ndarray
+    """int64, ascending; each entry adds `bias_values_N` to one logit."""
+    bias_ids_N: np.ndarray
+    bias_values_N: np.ndarray
+    banned_rows_N: np.ndarray
+    """int64, ascending; each entry excludes one token."""
+    banned_ids_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.temperature_L)
+
+    @property
+    def penalized_L(self) -> np.ndarray:
+        penalized: np.ndarray = (self.penalties_3L != NO_PENALTIES).any(0)
+        return penalized
+
+    def rows(self, start: int, stop: int) -> "SamplingBatch":
+        bias = slice(*np.searchsorted(self.bias_rows_N, (start, stop)))
+        banned = slice(*np.searchsorted(self.banned_rows_N, (start, stop)))
+        return replace(
+            self,
+            temperature_L=self.temperature_L[start:stop],
+            top_k_L=self.top_k_L[start:stop],
+            top_p_L=self.top_p_L[start:stop],
+            min_p_L=self.min_p_L[start:stop],
+            uniform_L=self.uniform_L[start:stop],
+            num_logprobs_L=self.num_logprobs_L[start:stop],
+            slot_L=self.slot_L[start:stop],
+            penalties_3L=self.penalties_3L[:, start:stop],
+            bias_rows_N=self.bias_rows_N[bias] - start,
+            bias_ids_N=self.bias_ids_N[bias],
+            bias_values_N=self.bias_values_N[bias],
+            banned_rows_N=self.banned_rows_N[banned] - start,
+            banned_ids_N=self.banned_ids_N[banned],
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Sampled:
+    """One token for each row; rows in `failed` have none (theirs is meaningless)."""
+
+    token_ids_L: np.ndarray
+    """int64."""
+    logprobs_L: list[TokenLogprobs | None]
+    failed: dict[int, str]
+    """Row -> reason."""
+
+
+def sample(logits_LV: Tensor, batch: SamplingBatch, counts: PenaltyCounts) -> Sampled:
+    """Pick a token for each row of float32 logits, which are left as they are."""
+    assert len(batch) == len(logits_LV) and logits_LV.dtype == torch.float32
+    least_L, most_L = torch.aminmax(logits_LV, dim=-1)
+    sound_L = torch.isfinite(least_L) & torch.isfinite(most_L)
+    adjusted_LV = _adjust(logits_LV, batch, counts)
+    possible_L = sound_L if adjusted_LV is logits_LV else torch.isfinite(adjusted_LV.amax(-1))
+
+    random_N = np.flatnonzero(batch.temperature_L >= GREEDY_TEMPERATURE)
+    ids_L = adjusted_LV.argmax(-1) if len(random_N) < len(batch) else torch.zeros_like(sound_L, dtype=torch.int64)
+    certain_L = torch.ones_like(sound_L)
+    if len(random_N):
+        rows_N = _to(random_N, logits_LV)
+        # A row that failed would draw garbage; zeros keep it harmless until it is reported.
+        some_NV = _take(adjusted_LV, random_N).masked_fill(~(sound_L & possible_L)[rows_N].unsqueeze(-1), 0.0)
+        prefix = adjusted_LV.shape[-1] if adjusted_LV.shape[-1] <= SORT_TOKENS else PREFIX_TOKENS
+        ids_L[rows_N], certain_L[rows_N] = _draw(some_NV, _draw_parameters(batch, random_N, logits_LV), prefix)
+
+    # The one copy to the host of a usual step.
+    ids, sound, possible, certain = (
+        torch.stack([ids_L, sound_L.long(), possible_L.long(), certain_L.long()]).cpu().numpy()
+    )
+    unsure_N = np.flatnonzero((certain == 0) & (sound == 1) & (possible == 1))
+    if len(unsure_N):
+        parameters = _draw_parameters(batch, unsure_N, logits_LV)
+        ids[unsure_N] = _draw(_take(adjusted_LV, unsure_N), parameters, adjusted_LV.shape[-1])[0].cpu().numpy()
+
+    failed = {int(row): "the model's output is not finite" for row in np.flatnonzero(sound == 0)}
+    for row in np.flatnonzero((sound == 1) & (possible == 0)):
+        failed[int(row)] = "the sampling parameters leave no token to choose"
+    return Sampled(token_ids_L=ids, logprobs_L=_logprobs(logits_LV, batch, ids, failed), failed=failed)
+
+
+def sorted_prefix(x_LV: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first `size` tokens of each row, higher value first, ties by lower id.
+
+    Returns values [L, K], ids [L, K] and known [L]: places before `known` are certain; behind it stand tokens that tie
+    with tokens outside the prefix.
+    """
+    if size >= x_LV.shape[-1]:
+        values_LV, ids_LV = torch.sort(x_LV, dim=-1, descending=True, stable=True)
+        return values_LV, ids_LV, torch.full_like(ids_LV[:, 0], x_LV.shape[-1])
+    ids_LK = torch.topk(x_LV, size, dim=-1, sorted=False).indices.sort(dim=-1).values
+    values_LK, order_LK = torch.sort(x_LV.gather(-1, ids_LK), dim=-1, descending=True, stable=True)
+    last_L1 = values_LK[:, -1:]
+    tied_L = (x_LV >= last_L1).sum(-1) > size
+    return values_LK, ids_LK.gather(-1, order_LK), torch.where(tied_L, (values_LK > last_L1).sum(-1), size)
+
+
+def _draw(x_NV: Tensor, parameters: tuple[Tensor, ...], size: int) -> tuple[Tensor, Tensor]:
+    """Draw from each row by looking at its first `size` tokens -> ids [N], certain [N].
+
+    A row is certain when those tokens decide it; with `size` = V every row is.
+    """
+    temperature_N, top_k_N, top_p_N, min_p_N, uniform_N = parameters
+    vocab = x_NV.shape[-1]
+    values_NK, ids_NK, known_N = sorted_prefix(x_NV, size)
+    # softmax works row by row, so a probability has the same bits in any batch; a sum over [1, V] need not.
+    probs_NV = torch.softmax((x_NV - values_NK[:, :1]) / temperature_N.float().unsqueeze(-1), dim=-1)
+    probs_NK = probs_NV.gather(-1, ids_NK).double()
+    cumulative_NK = probs_NK.cumsum(-1)
+    width = ids_NK.shape[-1]
+
+    def leading(holds_NK: Tensor) -> Tensor:
+        """Length of the prefix where a condition holds; V when its end is not in sight."""
+        length_N = holds_NK.sum(-1)
+        return torch.where(length_N == width, vocab, length_N) if width < vocab else length_N
+
+    top_k_N = torch.where((top_k_N > 0) & (top_k_N < vocab), top_k_N, vocab)
+    has_top_k_N, has_top_p_N, has_min_p_N = top_k_N < vocab, top_p_N < 1.0, min_p_N > 0.0
+    top_k_mass_N = cumulative_NK.gather(-1, (top_k_N.clamp(max=width) - 1).unsqueeze(-1)).squeeze(-1)
+    mass_N = torch.where(has_top_k_N, top_k_mass_N, 1.0)
+    before_NK = torch.nn.functional.pad(cumulative_NK[:, :-1], (1, 0))
+    by_top_p_N = leading(before_NK < (top_p_N * mass_N).unsqueeze(-1))
+    by_min_p_N = leading(probs_NK >= min_p_N.unsqueeze(-1) * probs_NK[:, :1])
+    keep_N = torch.minimum(top_k_N, leading(probs_NK > 0))
+    keep_N = torch.where(has_top_p_N, torch.minimum(keep_N, by_top_p_N), keep_N)
+    keep_N = torch.where(has_min_p_N, torch.minimum(keep_N, by_min_p_N), keep_N).clamp(min=1)
+
+    filtered_N = has_top_k_N | has_top_p_N | has_min_p_N
+    kept_mass_N = cumulative_NK.gather(-1, (keep_N.clamp(max=width) - 1).unsqueeze(-1)).squeeze(-1)
+    target_N = uniform_N * torch.where(filtered_N, kept_mass_N, 1.0)
+    place_N = (cumulative_NK <= target_N.unsqueeze(-1)).sum(-1)
+    if width < vocab:
+        inside_N = (keep_N <= known_N) & ~(has_top_p_N & has_top_k_N & (top_k_N > known_N))
+        certain_N = torch.where(filtered_N, inside_N, place_N < known_N)
+    else:
+        certain_N = torch.ones_like(filtered_N)
+    place_N = torch.minimum(place_N, keep_N - 1).clamp(max=width - 1)
+    return ids_NK.gather(-1, place_N.unsqueeze(-1)).squeeze(-1), certain_N
+
+
+def _draw_parameters(batch: SamplingBatch, rows_N: np.ndarray, like: Tensor) -> tuple[Tensor, ...]:
+    """temperature, top_k (int64), top_p, min_p and the random number of some rows, float64, in one transfer."""
+    columns = (batch.temperature_L, batch.top_k_L, batch.top_p_L, batch.min_p_L, batch.uniform_L)
+    temperature, top_k, top_p, min_p, uniform = _to(np.stack([c[rows_N].astype(np.float64) for c in columns]), like)
+    return temperature, top_k.long(), top_p, min_p, uniform
+
+
+def _adjust(logits_LV: Tensor, batch: SamplingBatch, counts: PenaltyCounts) -> Tensor:
+    """Bias, penalties and mask; a new tensor if there is anything to change."""
+    penalized_N = np.flatnonzero(batch.penalized_L)
+    if not (len(batch.bias_rows_N) or len(penalized_N) or len(batch.banned_rows_N)):
+        return logits_LV
+    adjusted_LV = logits_LV.clone()
+    if len(batch.bias_rows_N):
+        where = _to(np.stack([batch.bias_rows_N, batch.bias_ids_N]), logits_LV)
+        adjusted_LV[where[0], where[1]] += _to(batch.bias_values_N.astype(np.float32), logits_LV)
+    if len(penalized_N):
+        rows_N = _to(penalized_N, logits_LV)
+        adjusted_LV[rows_N] = counts.apply(
+            adjusted_LV[rows_N],
+            _to(batch.slot_L[penalized_N], logits_LV),
+            _to(batch.penalties_3L[:, penalized_N].astype(np.float32), logits_LV),
+        )
+    if len(batch.banned_rows_N):
+        where = _to(np.stack([batch.banned_rows_N, batch.banned_ids_N]), logits_LV)
+        adjusted_LV[where[0], where[1]] = float("-inf")
+    return adjusted_LV
+
+
+def _logprobs(
+    logits_LV: Tensor, batch: SamplingBatch, ids_L: np.ndarray, failed: dict[int, str]
+) -> list[TokenLogprobs | None]:
+    result: list[TokenLogprobs | None] = [None] * len(batch)
+    wanted_N = np.array([row for row in np.flatnonzero(batch.num_logprobs_L >= 0) if row not in failed], dtype=np.int64)
+    if not len(wanted_N):
+        return result
+    raw_NV = _take(logits_LV, wanted_N)
+    log_probs_NV = torch.log_softmax(raw_NV, dim=-1)
+    chosen_N: list[float] = log_probs_NV.gather(-1, _to(ids_L[wanted_N, None], raw_NV)).squeeze(-1).tolist()
+    most = int(min(batch.num_logprobs_L[wanted_N].max(), raw_NV.shape[-1]))
+    top_ids_NK, top_NK = _top(raw_NV, log_probs_NV, most)
+    for place, row in enumerate(wanted_N):
+        n = int(batch.num_logprobs_L[row])
+        result[row] = TokenLogprobs(
+            logprob=chosen_N[place],
+            top_ids=tuple(top_ids_NK[place][:n]),
+            top_logprobs=tuple(top_NK[place][:n]),
+        )
+    return result
+
+
+def _top(raw_NV: Tensor, log_probs_NV: Tensor, most: int) -> tuple[list[list[int]], list[list[float]]]:
+    """Ids and log probabilities of the `most` likeliest tokens of each row."""
+    if most == 0:
+        empty_ids: list[list[int]] = [[] for _ in raw_NV]
+        empty: list[list[float]] = [[] for _ in raw_NV]
+        return empty_ids, empty
+    _, ids_NK, known_N = sorted_prefix(raw_NV, most + _TIE_ROOM)
+    ids_NK = ids_NK[:, :most]
+    tied_N = (known_N < most).nonzero().squeeze(-1)
+    if len(tied_N):
+        ids_NK[tied_N] = sorted_prefix(raw_NV[tied_N], raw_NV.shape[-1])[1][:, :most]
+    ids: list[list[int]] = ids_NK.tolist()
+    log_probs: list[list[float]] = log_probs_NV.gather(-1, ids_NK).tolist()
+    return ids, log_probs
+
+
+def _take(x_LV: Tensor, rows_N: np.ndarray) -> Tensor:
+    return x_LV if len(rows_N) == len(x_LV) else x_LV[_to(rows_N, x_LV)]
+
+
+def _to(array: np.ndarray, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device)
