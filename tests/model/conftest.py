@@ -60,7 +60,12 @@ def fill(record: CheckpointTensor, generator: torch.Generator, config: ModelConf
 
 
 def random_model(
-    config: ModelConfig, *, seed: int = 0, deterministic: bool = False, dtype: torch.dtype = torch.float32, **options: Any
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    deterministic: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Transformer:
     """A model with random weights in floating point on the CPU."""
     model = Transformer(
@@ -260,4 +265,5 @@ def tools() -> Any:
         transformers_twin=transformers_twin,
         Driver=Driver,
         fill=fill,
+        float32=FLOAT32,
     )

@@ -68,7 +68,8 @@ class _OnlineSoftmax:
         self.weighted_THC = torch.zeros_like(self.q_THC)
 
     def add(self, rows_TKC: Tensor, index_TK: Tensor) -> None:
-        rows_TKC = rows_TKC.float()
+        # What stands in for an absent row may be anything, and 0 * NaN is NaN.
+        rows_TKC = rows_TKC.float().masked_fill((index_TK < 0).unsqueeze(2), 0.0)
         scores_THK = torch.bmm(self.q_THC, rows_TKC.transpose(1, 2)) * self.scale
         scores_THK = scores_THK.masked_fill((index_TK < 0).unsqueeze(1), float("-inf"))
         maximum_TH1 = torch.maximum(self.maximum_TH1, scores_THK.amax(-1, keepdim=True))

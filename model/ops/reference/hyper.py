@@ -1,8 +1,8 @@
 """Hyper-connections: collapse the residual streams before a sub-layer, spread its output after (architecture, 2.2)."""
 
-import torch
 from torch import Tensor
 
+from model.ops.reference.activation import sigmoid
 from model.ops.registry import LinearOp
 
 
@@ -46,8 +46,8 @@ def hyper_pre(
 ) -> tuple[Tensor, Tensor, Tensor]:
     m = x_TMD.shape[1]
     wide_TMD, mix = _mixes(x_TMD, fn, norm_eps, linear)
-    pre = torch.sigmoid(mix[:, :m] * scale[0] + base[:m]) + eps
-    post = 2 * torch.sigmoid(mix[:, m : 2 * m] * scale[1] + base[m : 2 * m])
+    pre = sigmoid(mix[:, :m] * scale[0] + base[:m]) + eps
+    post = 2 * sigmoid(mix[:, m : 2 * m] * scale[1] + base[m : 2 * m])
     comb = sinkhorn((mix[:, 2 * m :] * scale[2] + base[2 * m :]).view(-1, m, m), iters, eps)
     return _collapse(wide_TMD, pre).to(x_TMD.dtype), post, comb
 
@@ -65,4 +65,4 @@ def hyper_head(
     x_TMD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, eps: float, norm_eps: float, linear: LinearOp
 ) -> Tensor:
     wide_TMD, mix = _mixes(x_TMD, fn, norm_eps, linear)
-    return _collapse(wide_TMD, torch.sigmoid(mix * scale + base) + eps).to(x_TMD.dtype)
+    return _collapse(wide_TMD, sigmoid(mix * scale + base) + eps).to(x_TMD.dtype)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.ops.reference.activation import softplus, swiglu
 from model.ops.registry import LinearOp
 
 
@@ -30,7 +31,7 @@ def _normalised(scores_TA: Tensor, scaling: float) -> Tensor:
 
 
 def _scores(logits_TE: Tensor) -> Tensor:
-    return torch.nn.functional.softplus(logits_TE).sqrt()
+    return softplus(logits_TE).sqrt()
 
 
 def score_route(logits_TE: Tensor, bias_E: Tensor, count: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -43,12 +44,6 @@ def score_route(logits_TE: Tensor, bias_E: Tensor, count: int, scaling: float) -
 def hash_route(logits_TE: Tensor, ids_TA: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Given ids, weighted like `score_route`."""
     return ids_TA, _normalised(_scores(logits_TE.gather(1, ids_TA)), scaling)
-
-
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit), fp32 inside, like `gate`."""
-    wide = torch.nn.functional.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)
-    return wide.to(gate.dtype)
 
 
 def experts(
