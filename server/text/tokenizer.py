@@ -44,6 +44,10 @@ class Tokenizer:
             )
         self.vocab_size = vocab_size
         self._special_ids = {name: token_id for name, (token_id, _) in added.items()}
+        for name, token_id in self._special_ids.items():
+            # The library counts on from the vocabulary's size when a token is not part of it, whatever the file says.
+            if (found := self._full.token_to_id(name)) != token_id:
+                raise TokenizerError(f"{source}: added_tokens: {name} says id {token_id} but is read as {found}")
         missing = [name for name in REQUIRED_TOKENS if name not in self._special_ids]
         if missing:
             raise TokenizerError(f"{source}: added_tokens: expected {', '.join(missing)}, found no such token")
