@@ -13,6 +13,7 @@ A ring row is read only for positions that the request itself has computed, so a
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,14 @@ from model.ops.reference import quant
 
 _FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAXIMUM, WEIGHT_SUM, WEIGHTED_SUM = 0, 1, 2
+
+
+def lazy_zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros [count]. On a CPU a page of memory is taken when it is first written, so a large cache costs no start-up
+    time (torch.zeros writes every byte)."""
+    if device.type != "cpu":
+        return torch.zeros(count, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(count * dtype.itemsize, dtype=np.uint8)).view(dtype)
 
 
 class RowStore:
@@ -36,7 +45,7 @@ class RowStore:
         unpack: Callable[[Tensor], Tensor],
     ) -> None:
         width = row_bytes // storage_dtype.itemsize
-        self.storage = torch.zeros(num_rows, width, dtype=storage_dtype, device=device)
+        self.storage = lazy_zeros(num_rows * width, storage_dtype, device).view(num_rows, width)
         self.pack = pack
         """[N, C] floats -> [N, width] in the storage dtype."""
         self.unpack = unpack
