@@ -1,6 +1,5 @@
 """Random models, the same weights in transformers, and a small driver of requests for the model's tests."""
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 

@@ -3,6 +3,7 @@
 In the other mode sums are taken in another order: 1e-5 of the largest logit, and the same greedy token.
 """
 
+import itertools
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def test_chunked_is_whole(tools: Any, whole: Any, cuts: set[int]) -> None:
     driver = tools.Driver(model)
     sequence = driver.start()
     edges = [0, *sorted(cuts), LENGTH]
-    parts = [driver.step([(sequence, tokens[a:b])]) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [driver.step([(sequence, tokens[a:b])]) for a, b in itertools.pairwise(edges)]
     same(torch.cat(parts), logits)
 
 
