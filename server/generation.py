@@ -132,10 +132,10 @@ class Generator:
             over = True
             yield answer.fail(RequestError("internal", "The engine stopped while it worked on this request."))
         finally:
-            if not over:
-                self._client.abort(request.request_id)
             if isinstance(outputs, AsyncGenerator):
                 await outputs.aclose()
+            elif not over:
+                self._client.abort(request.request_id)
 
 
 class _Answer:
