@@ -22,6 +22,7 @@ SINGLE_NAME = "model.safetensors"
 MOST_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library too."""
 _MOST_DIMS = 8
+_MOST_NAME_LENGTH = 500
 
 ELEMENT_BYTES: Mapping[str, int] = {
     "BOOL": 1,
@@ -113,8 +114,11 @@ def _read_indexed(model_dir: Path, index: Path) -> dict[str, StoredTensor]:
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(index, "weight_map is malformed", expected="an object of tensor name to file name")
+    for name in weight_map:
+        _check_name(index, name)
     for file in set(weight_map.values()):
-        if file in ("", ".", "..") or Path(file).name != file or "\0" in file:
+        _check_name(index, file)
+        if file in ("", ".", "..") or Path(file).name != file:
             raise CheckpointError(
                 index, "weight_map names a file elsewhere", expected="file names beside the index", found=repr(file)
             )
@@ -138,17 +142,17 @@ def _read_indexed(model_dir: Path, index: Path) -> dict[str, StoredTensor]:
             tensors[name] = tensor
     lost = sorted(weight_map.keys() - tensors.keys())
     if lost:
-        raise CheckpointError(index, f"{len(lost)} tensors are not in the files named for them: {some(lost)}")
+        raise CheckpointError(index, f"the files lack {len(lost)} of the tensors named for them: {some(lost)}")
     return tensors
 
 
 def _parse_json(path: Path, raw: bytes, what: str) -> dict[str, Any]:
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            names = [name for name, _ in pairs]
-            duplicate = next(name for name in result if names.count(name) > 1)
-            raise CheckpointError(path, f"the {what} names {duplicate!r} twice")
+        result: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in result:
+                raise CheckpointError(path, f"the {what} names {name[:_MOST_NAME_LENGTH]!r} twice")
+            result[name] = value
         return result
 
     try:
@@ -162,6 +166,13 @@ def _parse_json(path: Path, raw: bytes, what: str) -> dict[str, Any]:
     return content
 
 
+def _check_name(path: Path, name: str) -> None:
+    """Names are shown in errors and logs, so control characters and lone surrogates must not pass."""
+    if len(name) > _MOST_NAME_LENGTH or not name.isprintable():
+        expected = f"at most {_MOST_NAME_LENGTH} printable characters"
+        raise CheckpointError(path, "a name is malformed", expected=expected, found=repr(name[:100]))
+
+
 def _read_entry(path: Path, name: str, entry: Any, data_start: int, data_bytes: int) -> StoredTensor:
     def is_size(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 2**63 - 1
@@ -169,6 +180,7 @@ def _read_entry(path: Path, name: str, entry: Any, data_start: int, data_bytes: 
     def bad(field: str, expected: str) -> CheckpointError:
         return CheckpointError(path, f"tensor {name!r}: {field}", expected=expected, found=repr(entry.get(field))[:100])
 
+    _check_name(path, name)
     if not isinstance(entry, dict):
         raise CheckpointError(path, f"tensor {name!r}", expected="an object", found=repr(entry)[:100])
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
