@@ -55,8 +55,8 @@ _STD_AND_MEAN: dict[str, tuple[float, float]] = {
     "_scale": (0.1, 1.0),
 }
 """By end of name. Matrices are scaled by their inputs instead, so that every layer answers with variance near one."""
-_HEAD_GAIN = 3.0
-"""Logits with a spread of about 3: a softmax with clear favourites that is not a single token."""
+_HEAD_GAIN = 4.0
+"""Logits with a spread of about 4. The head's rows of ids without a token are zero, so they are hardly ever sampled."""
 
 
 def make_checkpoint(
@@ -79,7 +79,7 @@ def make_checkpoint(
     config = preset(preset_or_config) if isinstance(preset_or_config, str) else preset_or_config
     if format not in WEIGHT_FORMATS:
         raise ValueError(f"unknown format {format!r}; formats are {', '.join(WEIGHT_FORMATS)}")
-    _check_vocabulary(config, tokenizer)
+    num_tokens = _count_tokens(config, tokenizer)
     if out_dir.exists() and (not out_dir.is_dir() or (any(out_dir.iterdir()) and not force)):
         raise FileExistsError(f"{out_dir} is not an empty directory")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,8 @@ def make_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        _write(config, seed, format, temporary, tokenizer)
+        _write_settings(config, format, temporary, tokenizer)
+        _write_weights(config, seed, format, temporary, num_tokens)
         if out_dir.is_dir():
             shutil.rmtree(out_dir)
         os.rename(temporary, out_dir)
@@ -129,8 +130,7 @@ class _Bits:
         return np.argsort(keys, axis=1, kind="stable")[:, :count].astype(np.int64)
 
 
-def _write(config: ModelConfig, seed: int, format: Format, out_dir: Path, tokenizer: Path | None) -> None:
-    _write_json(out_dir / "config.json", config.to_dict() | _format_fields(format))
+def _write_weights(config: ModelConfig, seed: int, format: Format, out_dir: Path, num_tokens: int) -> None:
     weights = WEIGHT_FORMATS[format]
     dtype = torch.float32 if format == "f32" else torch.bfloat16
     model = Transformer(config, weights=weights, dtype=dtype, with_mtp=config.draft_kind == "mtp", device="meta")
@@ -142,6 +142,8 @@ def _write(config: ModelConfig, seed: int, format: Format, out_dir: Path, tokeni
     for number, (_, tensors) in enumerate(sorted(shards.items()), start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         contents = _shard_contents(config, seed, tensors)
+        if "head.weight" in contents:
+            contents["head.weight"][num_tokens:] = 0
         total_size += sum(t.numel() * t.element_size() for t in contents.values())
         weight_map |= dict.fromkeys(contents, file)
         save_file(contents, out_dir / file, metadata={"format": "pt"})
@@ -150,6 +152,10 @@ def _write(config: ModelConfig, seed: int, format: Format, out_dir: Path, tokeni
         out_dir / "model.safetensors.index.json",
         {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))},
     )
+
+
+def _write_settings(config: ModelConfig, format: Format, out_dir: Path, tokenizer: Path | None) -> None:
+    _write_json(out_dir / "config.json", config.to_dict() | _format_fields(format))
     _write_json(
         out_dir / "generation_config.json",
         {
@@ -214,7 +220,8 @@ def _format_fields(format: Format) -> dict[str, Any]:
     return {"expert_dtype": "fp4" if format == "fp4" else "fp8", "quantization_config": quantization}
 
 
-def _check_vocabulary(config: ModelConfig, tokenizer: Path | None) -> None:
+def _count_tokens(config: ModelConfig, tokenizer: Path | None) -> int:
+    """Ids of the tokenizer, which the model's vocabulary must hold."""
     needed = NUM_TOKENS
     if tokenizer is not None:
         file = tokenizer / "tokenizer.json"
@@ -223,6 +230,7 @@ def _check_vocabulary(config: ModelConfig, tokenizer: Path | None) -> None:
         needed = max(Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True).values()) + 1
     if needed > config.vocab_size:
         raise ValueError(f"the tokenizer has {needed} ids, but vocab_size is {config.vocab_size}")
+    return needed
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
