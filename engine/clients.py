@@ -194,7 +194,9 @@ class SocketClient(StreamingClient):
     """The engine process at the other end of two ZeroMQ sockets in `directory` (mode 0700, made by the caller)."""
 
     def __init__(self, directory: Path) -> None:
-        """Binds the sockets; the engine connects to `input_address` and `output_address`."""
+        """Binds the output socket. The engine binds the input before it says that it is ready; only then is there
+        somewhere to send to.
+        """
         super().__init__()
         self.input_address = f"ipc://{directory / 'input'}"
         self.output_address = f"ipc://{directory / 'output'}"
@@ -204,7 +206,6 @@ class SocketClient(StreamingClient):
         self._to_engine: zmq.Socket[bytes] = zmq.Context.shadow(self._context).socket(zmq.PUSH)
         self._to_engine.set_hwm(0)
         self._to_engine.setsockopt(zmq.LINGER, 0)
-        self._to_engine.bind(self.input_address)
         self._from_engine = self._context.socket(zmq.PULL)
         self._from_engine.set_hwm(0)
         self._from_engine.bind(self.output_address)
@@ -226,7 +227,7 @@ class SocketClient(StreamingClient):
 
     def shut_down(self) -> None:
         """Ask the engine to leave now."""
-        if self._dead_reason is None:
+        if self._ready.is_set() and self._dead_reason is None:
             self._send(Shutdown())
 
     def notice_exit(self, reason: str) -> None:
@@ -249,8 +250,7 @@ class SocketClient(StreamingClient):
         frame = encode(message)
         if len(frame) > MAX_FRAME_BYTES:
             raise ValueError(f"a message of {len(frame)} bytes is larger than {MAX_FRAME_BYTES}")
-        # Without a peer there is nobody left to tell; the end of the process ends the streams.
-        with contextlib.suppress(zmq.Again, zmq.ZMQError):
+        if not self._to_engine.closed:
             self._to_engine.send(frame, zmq.NOBLOCK)
 
     async def _read(self) -> None:
@@ -260,7 +260,10 @@ class SocketClient(StreamingClient):
                 self._hear(decode_from_engine(frame))
             except msgspec.MsgspecError as error:
                 self._die(f"the engine sent a frame that cannot be read: {error}")
-            if self._info is not None or self._dead_reason is not None:
+            if self._dead_reason is not None:
+                self._ready.set()
+            elif self._info is not None and not self._ready.is_set():
+                self._to_engine.connect(self.input_address)
                 self._ready.set()
 
     async def _end(self, reason: str) -> None:

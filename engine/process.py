@@ -2,7 +2,7 @@
 
     server                                        engine process
       stdin (kept open) -- LaunchConfig, JSON -->   first line; its end is the server's end: leave at once
-      input   PUSH bind ------- ToEngine -------->  PULL connect   reader thread -> inbox
+      input   PUSH connect ---- ToEngine -------->  PULL bind      reader thread -> inbox
       output  PULL bind <------ FromEngine -------  PUSH connect   the step loop
 
 Both sockets live in a directory that only this user can enter. SIGTERM and SIGINT are the server's business: the engine
@@ -139,8 +139,11 @@ def main(make_executor: Callable[[EngineConfig], Executor] | None = None) -> int
         core = _create_core(launch.config, make_executor or create_executor, send)
         if core is None:
             return 1
-        reader = threading.Thread(target=_read, args=(context, launch.input_address, core), name="reader", daemon=True)
-        reader.start()
+        # Bound before the first frame says that the engine is ready: what is sent after that arrives.
+        source = context.socket(zmq.PULL)
+        source.set_hwm(0)
+        source.bind(launch.input_address)
+        threading.Thread(target=_read, args=(source, core), name="reader", daemon=True).start()
         return 0 if core.run(send) else 1
     finally:
         output.close(linger=_LINGER_MILLISECONDS)
@@ -176,14 +179,11 @@ def _create_core(
     return None
 
 
-def _read(context: "zmq.Context[zmq.Socket[bytes]]", address: str, core: EngineCore) -> None:
+def _read(source: "zmq.Socket[bytes]", core: EngineCore) -> None:
     """The reader thread: frames to messages. Should it fail, the engine ends: nobody may wait for a deaf engine."""
-    socket = context.socket(zmq.PULL)
     try:
-        socket.set_hwm(0)
-        socket.connect(address)
         while True:
-            message = _decode(socket.recv())
+            message = _decode(source.recv())
             if message is not None:
                 core.inbox.put(message)
     except zmq.ContextTerminated:
@@ -192,7 +192,7 @@ def _read(context: "zmq.Context[zmq.Socket[bytes]]", address: str, core: EngineC
         logger.exception("the reader ends")
         core.inbox.put(RuntimeError(f"the engine's input has ended: {error}"))
     finally:
-        socket.close(linger=0)
+        source.close(linger=0)
 
 
 def _decode(frame: bytes) -> ToEngine | None:

@@ -9,17 +9,20 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engine.config import EngineConfig, EngineConfigError, ResolvedConfig
+from engine.config import EngineConfig, MachineFacts, ResolvedConfig, resolve
 from engine.plan import NewRequest, ScheduledTokens, StepPlan, StepResult, TokenLogprobs
 from model.config import ModelConfig, load_config
 from model.kv_layout import PAGE_TOKENS
 from model.presets import preset
+
+_SIM_BYTES = 1 << 40
+_SIM_CORES = 1024
 
 Script = Callable[[np.ndarray], Sequence[int]]
 """Prompt ids to the tokens of the answer; after the last of them comes EOS."""
@@ -237,33 +240,14 @@ def create_sim_executor(config: EngineConfig) -> SimExecutor:
 
 
 def sim_config(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
-    """Settle every choice without measuring a machine: nothing is allocated, so only the books count."""
-    max_model_len = config.max_model_len or min(model.max_position_embeddings, 65536)
-    max_num_seqs = config.max_num_seqs or 64
-    resolved = ResolvedConfig(
-        model_dir=config.model_dir,
-        device="cpu",
-        dtype="float32",
-        numerics=config.numerics,
-        row_format="float32",
-        index_format="float32",
-        deterministic=True,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens or 2048,
-        num_pages=4 * -(-max_model_len // PAGE_TOKENS) + max_num_seqs,
-        num_threads=1,
-    )
-    if config.kv_cache_bytes is None:
-        return resolved
-    layout = resolved.layout(model)
-    num_pages = (config.kv_cache_bytes - max_num_seqs * layout.bytes_per_slot) // layout.bytes_per_page
-    if num_pages < 1:
-        raise EngineConfigError(
-            f"kv_cache_bytes {config.kv_cache_bytes} does not hold {max_num_seqs} slots of {layout.bytes_per_slot} "
-            f"bytes and one page of {layout.bytes_per_page}"
-        )
-    return replace(resolved, num_pages=num_pages)
+    """Settle every choice on a machine that has enough of everything: nothing is allocated, only the books count.
+
+    Raises:
+        EngineConfigError: flags that contradict each other or the model.
+    """
+    device = "cpu" if config.device == "auto" else config.device
+    facts = MachineFacts(device=device, has_bf16=True, free_bytes=_SIM_BYTES, num_cores=_SIM_CORES)
+    return resolve(config, model, facts)
 
 
 def _hang(seconds: float) -> None:
