@@ -79,6 +79,8 @@ class TopK:
 
 def select(scores_TN: Tensor, k: int) -> Tensor:
     """Columns [T, k] of the k highest scores, ascending; of equal scores the lower column. Needs N >= k."""
+    # A NaN equals no threshold; its row, broken as it is, must still choose k columns or it breaks the whole step.
+    scores_TN = scores_TN.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     threshold = scores_TN.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
     above, level = scores_TN > threshold, scores_TN == threshold
     room = k - above.sum(1, keepdim=True)
