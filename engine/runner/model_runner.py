@@ -45,8 +45,7 @@ class ModelRunner:
         if not plan.scheduled:
             return StepResult(step_id=plan.step_id, seconds=time.perf_counter() - started)
         inputs = build_inputs(plan.scheduled, self.table, self.device)
-        hidden_LD = self.model(inputs.batch, self.cache)
-        token_ids, logprobs, failed = self._sample(hidden_LD, inputs)
+        token_ids, logprobs, failed = self._sample(self._forward(inputs), inputs)
         return StepResult(
             step_id=plan.step_id,
             request_ids=tuple(i for i in inputs.request_ids if i not in failed),
@@ -70,11 +69,19 @@ class ModelRunner:
                 self._ids([copy.target for copy in plan.page_copies]),
             )
 
+    def _forward(self, inputs: StepInputs) -> Tensor | None:
+        """Hidden states of the rows that sample; None when no row does (then the head is not computed)."""
+        if inputs.request_ids:
+            hidden_LD: Tensor = self.model(inputs.batch, self.cache)
+            return hidden_LD
+        self.model.streams(inputs.batch, self.cache)
+        return None
+
     def _sample(
-        self, hidden_LD: Tensor, inputs: StepInputs
+        self, hidden_LD: Tensor | None, inputs: StepInputs
     ) -> tuple[tuple[int, ...], tuple[TokenLogprobs | None, ...], dict[str, str]]:
         """Tokens and log probabilities of the rows that have one, and the requests that failed."""
-        if not inputs.request_ids:
+        if hidden_LD is None:
             return (), (), {}
         batch = self.table.sampling(inputs.slots_L)
         blocks = list(self._sample_blocks(hidden_LD, batch))

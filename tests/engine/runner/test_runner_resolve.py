@@ -129,7 +129,7 @@ def test_model_len_that_fits_exactly() -> None:
     budget = 2 * layout.bytes_per_slot + 4 * layout.bytes_per_page
     resolved = resolve(flags(kv_cache_bytes=budget, max_num_seqs=2, max_model_len=1024), shape, CPU)
     assert resolved.num_pages == 4 and resolved.max_model_len == 1024
-    with pytest.raises(EngineConfigError, match=r"max_model_len: 1025 tokens do not fit .* holds 1024; .* 1024 or less"):
+    with pytest.raises(EngineConfigError, match=r"max_model_len: 1025 tokens .* holds 1024; .* 1024 or less"):
         resolve(flags(kv_cache_bytes=budget, max_num_seqs=2, max_model_len=1025), shape, CPU)
 
 
