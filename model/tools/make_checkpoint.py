@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -185,24 +186,24 @@ def _shard_of(name: str, config: ModelConfig) -> int:
 
 def _shard_contents(config: ModelConfig, seed: int, tensors: Sequence[CheckpointTensor]) -> dict[str, Tensor]:
     codes = {tensor.name: tensor.dtype for tensor in tensors}
-    contents: dict[str, Tensor] = {}
-    for tensor in tensors:
-        name = tensor.name
-        if name.endswith(".scale"):
-            continue  # made with its weight
-        scale_name = name.removesuffix("weight") + "scale"
+
+    def make(tensor: CheckpointTensor) -> dict[str, Tensor]:
+        name, scale_name = tensor.name, tensor.name.removesuffix("weight") + "scale"
         if tensor.dtype == "I8":
             shape = (tensor.shape[0], 2 * tensor.shape[1])
             pair = quantize_fp4_blocks(random_tensor(config, seed, name, shape))
-            contents |= dict(zip((name, scale_name), pair, strict=True))
-        elif tensor.dtype == "F8_E4M3":
+            return dict(zip((name, scale_name), pair, strict=True))
+        if tensor.dtype == "F8_E4M3":
             kind: Literal["ue8m0", "float32"] = "float32" if codes[scale_name] == "F32" else "ue8m0"
             pair = quantize_fp8_blocks(random_tensor(config, seed, name, tensor.shape), kind)
-            contents |= dict(zip((name, scale_name), pair, strict=True))
-        else:
-            dtypes = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
-            contents[name] = random_tensor(config, seed, name, tensor.shape).to(dtypes[tensor.dtype])
-    return contents
+            return dict(zip((name, scale_name), pair, strict=True))
+        dtypes = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}
+        return {name: random_tensor(config, seed, name, tensor.shape).to(dtypes[tensor.dtype])}
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # A scale is made with its weight.
+        made = list(pool.map(make, (tensor for tensor in tensors if not tensor.name.endswith(".scale"))))
+    return {name: tensor for part in made for name, tensor in part.items()}
 
 
 def _format_fields(format: Format) -> dict[str, Any]:

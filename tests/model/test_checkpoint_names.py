@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from model.checkpoint import CheckpointError, inspect_checkpoint, load_model
 from model.hf_names import official_name, with_official_names
 from model.presets import preset
 from model.quant import OFFICIAL
 from model.safetensors_index import ELEMENT_BYTES, StoredTensor, read_stored_tensors
+from model.tools.make_checkpoint import make_checkpoint
 from model.transformer import Transformer
 from model.weight_copy import match_tensors
 
@@ -40,6 +42,21 @@ def test_save_pretrained_round_trip_gives_the_same_logits(
     with torch.no_grad():
         expected = twin(torch.tensor([tokens]), use_cache=False).logits[0]
     assert (logits - expected).abs().max() < 1e-4
+
+
+def test_transformers_reads_what_make_checkpoint_writes(tools: Any, tmp_path: Path) -> None:
+    from transformers import DeepseekV4ForCausalLM
+
+    config = tools.nano_config(vocab_size=384)
+    make_checkpoint(config, 6, "f32", tmp_path / "model")
+    twin = DeepseekV4ForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    model = load_model(tmp_path / "model", dtype=torch.float32, numerics="plain", progress=False)
+    tokens = tools.random_tokens(config, 140, 3)
+    with torch.no_grad():
+        expected = twin(torch.tensor([tokens]), use_cache=False).logits[0]
+    assert (tools.Driver(model).prompt(tokens)[1] - expected).abs().max() < 1e-4
 
 
 def test_official_names_stay_as_they_are() -> None:
@@ -155,10 +172,6 @@ def test_flash_directories_are_accepted_tensor_by_tensor(tmp_path: Path) -> None
 
 
 def test_a_dspark_checkpoint_runs_without_its_drafter(tools: Any, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    from model.tools.make_checkpoint import make_checkpoint
-
     config = tools.nano_config(vocab_size=384)
     make_checkpoint(config, 0, "fp4", tmp_path / "mtp")
     tensors = {k: t for f in (tmp_path / "mtp").glob("*.safetensors") for k, t in load_file(f).items()}

@@ -10,6 +10,7 @@ block may be partial. Inputs must be finite. An E8M0 byte b means 2 ** (b - 127)
 Letters: O rows (outputs) and I columns (inputs) of a weight, N rows, C head dim, J index dim, B blocks.
 """
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -206,11 +207,13 @@ def _quantize_e2m1(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     blocks = _blocks(x, block)
     scale_code = _scale_code(blocks.abs().amax(dim=-1).clamp_min(E2M1_AMAX_FLOOR), E2M1_MAX)
     scaled = blocks / _power_of_two(scale_code)[..., None]
-    a = scaled.abs()
-    # Codes count steps of 1/2 below 2, of 1 below 4, of 2 up to 6; torch.round is half to even.
-    code = torch.where(a < 2, (2 * a).round(), torch.where(a < 4, a.round() + 2, (a / 2).round() + 4))
-    signed = code.to(torch.uint8) | (scaled.signbit().to(torch.uint8) << 3)
-    return signed.flatten(-2)[..., : x.shape[-1]], scale_code
+    magnitude = scaled.abs()
+    code = scaled.signbit().to(torch.uint8) << 3
+    for below, (value, above) in enumerate(pairwise(E2M1_VALUES)):
+        middle = (value + above) / 2
+        # A tie goes to the even one of the codes `below` and `below + 1`.
+        code += magnitude >= middle if below % 2 else magnitude > middle
+    return code.flatten(-2)[..., : x.shape[-1]], scale_code
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:
