@@ -11,6 +11,8 @@ from starlette.responses import Response
 
 MOST_ECHO = 200
 """Characters of a client's own input that a message may repeat."""
+_MOST_KEY = 16
+_MOST_VALUE = 80
 MOST_REPORTED = 10
 """Errors of one body that a message lists."""
 
@@ -98,24 +100,28 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     for error in errors[:MOST_REPORTED]:
         where = path(error["loc"])
         message = str(error["msg"]).removeprefix("Value error, ")
-        found = "" if error["type"] == "missing" else f", found {_found(error.get('input'))}"
-        lines.append(f"{where}: {echo(message)}{found}" if where else echo(message))
+        lines.append(f"{where}: {echo(message)}" if where else echo(message))
+    if errors[0]["type"] != "missing":
+        lines[0] += f", found {_found(errors[0].get('input'))}"
     if len(errors) > MOST_REPORTED:
         lines.append(f"and {len(errors) - MOST_REPORTED} more")
     return bad_request("; ".join(lines), param=path(errors[0]["loc"]) or None)
 
 
 def path(location: Sequence[object]) -> str:
-    """`("messages", 2, "content")` as `messages[2].content`."""
+    """`("messages", 2, "content")` as `messages[2].content`; keys below the first are a client's text and are cut."""
     text = ""
     for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{echo(part)[:_MOST_KEY]}" if text else str(part)
     return text[:MOST_ECHO]
 
 
 def _found(value: object) -> str:
     if isinstance(value, str):
-        return echo(repr(value[: MOST_ECHO + 1]))
+        return echo(repr(value[:_MOST_VALUE]))
     if value is None or isinstance(value, (bool, int, float)):
         return echo(str(value) if not isinstance(value, int) or abs(value) < 10**40 else "a huge integer")
     return "an object" if isinstance(value, dict) else "an array"

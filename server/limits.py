@@ -106,12 +106,12 @@ def declared_length(headers: list[tuple[bytes, bytes]]) -> int | None:
     return None
 
 
-def check_head(headers: list[tuple[bytes, bytes]]) -> None:
-    """Bound the number and the bytes of headers.
+def check_head(target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    """Bound the bytes of request target and headers, and the number of headers.
 
     Raises:
         ApiError: 431.
     """
-    size = sum(len(name) + len(value) for name, value in headers)
+    size = len(target) + sum(len(name) + len(value) for name, value in headers)
     if len(headers) > MOST_HEADERS or size > MOST_HEADER_BYTES:
-        raise ApiError(431, "The request headers are too large.", code="headers_too_large")
+        raise ApiError(431, "The request head is too large.", code="headers_too_large")

@@ -25,7 +25,7 @@ _QUIET_PATHS = OPEN_PATHS | {"/metrics"}
 _DISCARD_BYTES = 2**20
 _DISCARD_SECONDS = 1.0
 CLIENT_GONE = 499
-"""Logged for a client that left before its answer; never sent."""
+"""For the log: the client left before its answer and nobody reads this."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,7 +83,7 @@ class Guard:
     async def _pass(self, scope: Scope, receive: Receive, context: RequestContext) -> bytes | None:
         """Check the request and read its body; None where there is none to read."""
         headers: list[tuple[bytes, bytes]] = scope["headers"]
-        limits.check_head(headers)
+        limits.check_head(scope["raw_path"] + scope["query_string"], headers)
         length = limits.declared_length(headers)
         limit = self._config.body_limit
         if length is not None and length > limit:

@@ -78,7 +78,9 @@ def render(tokenizer: Tokenizer, body: ThinkingFields, messages: list[dict[str, 
         thinking, tier = resolve_thinking(body.thinking, body.reasoning_effort, body.chat_template_kwargs)
         return render_chat(tokenizer, messages, thinking=thinking, reasoning_effort=tier), tier
     except PromptError as error:
-        raise bad_request(echo(str(error)), param=error.param) from None
+        # No tools are passed on, so what the encoder blames on them stood in a message.
+        param = "messages" if error.param.startswith("tool") else error.param
+        raise bad_request(echo(str(error)), param=param) from None
 
 
 def default_tokens(tier: str | None, *, thinking: bool) -> int:

@@ -1,0 +1,202 @@
+"""A server in this process around a simulated engine, and one in processes of its own."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from engine.clients import InProcessClient
+from engine.config import EngineConfig
+from engine.runner.sim_executor import CostModel, SimExecutor, sim_config
+from model.config import load_config
+from model.presets import preset
+from model.tools.byte_tokenizer import save_byte_tokenizer
+from server.app import create_app
+from server.auth import KeyRing
+from server.config import ServerConfig
+from server.state import ServerState
+from server.text.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+MODEL = "sim"
+JSON = {"content-type": "application/json"}
+
+
+class Harness:
+    """An application and its engine; `http` speaks to it without a socket."""
+
+    def __init__(self, state: ServerState, app: Any, client: InProcessClient, tokenizer: Tokenizer) -> None:
+        self.state = state
+        self.app = app
+        self.engine = client
+        self.tokenizer = tokenizer
+        self.http = httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=app, client=("127.0.0.1", 1)), base_url="http://fathom", timeout=30
+        )
+
+    async def post(self, path: str, body: Any, **kwargs: Any) -> httpx.Response:
+        return await self.http.post(path, json=body, **kwargs)
+
+    async def post_raw(self, path: str, body: bytes) -> httpx.Response:
+        return await self.http.post(path, content=body, headers=JSON)
+
+    async def chat(self, text: str = "hi", **fields: Any) -> httpx.Response:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": text}], **fields}
+        return await self.post("/v1/chat/completions", body)
+
+    async def complete(self, prompt: Any = "hi", **fields: Any) -> httpx.Response:
+        return await self.post("/v1/completions", {"model": MODEL, "prompt": prompt, **fields})
+
+    async def idle(self, seconds: float = 5.0) -> None:
+        """Wait until nothing is queued or held; fails when that does not happen."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            stats, info = self.engine.stats, self.engine.info
+            free = stats.num_free_pages == info.num_pages and stats.num_free_slots == info.num_slots
+            if free and stats.num_running + stats.num_waiting + self.state.admission.in_flight == 0:
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"not idle: {self.engine.stats}, {self.state.admission.in_flight} in flight")
+
+
+@pytest.fixture(scope="session")
+def sim_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Configuration and tokenizer of a model, without weights."""
+    directory = tmp_path_factory.mktemp("models") / MODEL
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(preset("nano").to_dict()), encoding="utf-8")
+    save_byte_tokenizer(directory, model_max_length=65536)
+    return directory
+
+
+@pytest.fixture
+def serving(sim_model_dir: Path) -> Callable[..., Any]:
+    """A factory: `async with serving(answer="...", max_model_len=...) as harness`."""
+
+    @asynccontextmanager
+    async def make(
+        *,
+        answer: str | None = None,
+        keys: Sequence[str] = (),
+        config: ServerConfig | None = None,
+        max_model_len: int = 4096,
+        max_num_seqs: int | None = None,
+        step_seconds: float = 0.0,
+        faults: Any = None,
+    ) -> AsyncIterator[Harness]:
+        model = load_config(sim_model_dir)
+        tokenizer = Tokenizer.load(sim_model_dir, model.vocab_size)
+        engine_config = EngineConfig(
+            model_dir=str(sim_model_dir), simulate=True, max_model_len=max_model_len, max_num_seqs=max_num_seqs
+        )
+        script = None
+        if answer is not None:
+            ids = tokenizer.encode(answer, special=True)
+
+            def script(prompt: np.ndarray) -> Sequence[int]:
+                return ids
+
+        executor = SimExecutor(
+            sim_config(engine_config, model),
+            model,
+            script=script,
+            eos_probability=0.02,
+            sleep=step_seconds > 0,
+            cost=CostModel(base_seconds=step_seconds),
+            faults=faults,
+        )
+        client = InProcessClient(executor)
+        state = ServerState(config or ServerConfig(), KeyRing(list(keys)), MODEL)
+        state.attach(client, tokenizer)
+        harness = Harness(state, create_app(state), client, tokenizer)
+        try:
+            yield harness
+        finally:
+            await harness.http.aclose()
+            await client.close()
+
+    return make
+
+
+class ServerProcess:
+    """`python -m server` with a simulated engine."""
+
+    def __init__(self, process: subprocess.Popen[str], url: str, ready_line: str) -> None:
+        self.process = process
+        self.url = url
+        self.ready_line = ready_line
+        self.port = int(url.rsplit(":", 1)[1])
+
+    def request(self, path: str, body: Any = None, **headers: str) -> tuple[int, Any, dict[str, str]]:
+        """(status, parsed body, headers)."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {**JSON, **headers})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, _parsed(answer.read()), dict(answer.headers)
+        except urllib.error.HTTPError as error:
+            return error.code, _parsed(error.read()), dict(error.headers)
+
+    def metric(self, name: str) -> float:
+        text = self.request("/metrics")[1]
+        match = re.search(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+        assert match is not None, name
+        return float(match[1])
+
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        (pid,) = children
+        return int(pid)
+
+    def wait(self, seconds: float = 15.0) -> int:
+        return self.process.wait(seconds)
+
+
+def _parsed(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return raw.decode()
+
+
+@contextmanager
+def running_server(model_dir: Path, *flags: str, key: str | None = None) -> Iterator[ServerProcess]:
+    environment = {k: v for k, v in os.environ.items() if k != "FATHOM_API_KEY"}
+    if key is not None:
+        environment["FATHOM_API_KEY"] = key
+    command = [sys.executable, "-m", "server", str(model_dir), "--simulate", "--port", "0", *flags]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        match = re.search(r"http://\S+", line)
+        assert match is not None, f"no ready line: {line!r}"
+        yield ServerProcess(process, match[0], line)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Callable[..., Any]:
+    """`with start_server(model_dir, *flags, key=...) as server`: a ServerProcess that answers."""
+    return running_server
