@@ -66,6 +66,11 @@ def test_official_names_stay_as_they_are() -> None:
         assert official_name("model." + tensor.name) == tensor.name
 
 
+def test_scales_of_quantized_transformers_weights_are_known() -> None:
+    name = "model.layers.0.mlp.shared_experts.down_proj.weight_scale_inv"
+    assert official_name(name) == "layers.0.ffn.shared_experts.w2.scale"
+
+
 def stored(name: str, dtype: str, shape: tuple[int, ...], start: int = 0) -> StoredTensor:
     size = ELEMENT_BYTES[dtype] * torch.Size(shape).numel()
     return StoredTensor(name=name, dtype=dtype, shape=shape, path=Path("x"), start=start, end=start + size)
