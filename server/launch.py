@@ -95,11 +95,12 @@ class _Process:
         http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
         engine: EngineHandle | None = None
         try:
-            engine = await self._start_engine()
-            code = 0 if engine is None else await self._serve(engine, http)
-        except (EngineDeadError, ValueError) as error:
-            logs.server.error("the engine did not start: %s", error)
-            code = 1
+            try:
+                engine = await self._start_engine()
+            except (EngineDeadError, OSError, ValueError) as error:
+                logs.server.error("the engine did not start: %s", error)
+                return 1
+            return 0 if engine is None else await self._serve(engine, http)
         finally:
             self._state.admission.draining = True
             self._state.stop_now()
@@ -108,7 +109,6 @@ class _Process:
             await asyncio.gather(http, return_exceptions=True)
             if engine is not None:
                 await engine.stop(_ENGINE_EXIT_SECONDS)
-        return code
 
     async def _start_engine(self) -> EngineHandle | None:
         """The engine with its tokenizer attached; None when a signal came first."""

@@ -17,7 +17,6 @@ router = APIRouter()
 
 
 @router.post("/tokenize")
-@router.post("/v1/tokenize")
 async def tokenize(request: Request) -> Response:
     body, num_bytes = await read_body(request, TokenizeBody)
     state = state_of(request)
@@ -33,12 +32,12 @@ async def tokenize(request: Request) -> Response:
         else:
             rendered, _ = await asyncio.to_thread(render, serving.tokenizer, body, messages or [])
             ids = rendered.token_ids.tolist()
-    answer = {"count": len(ids), "max_model_len": serving.info.max_model_len, "tokens": ids, "token_strs": None}
+    texts = [serving.tokenizer.decode([n]) for n in ids] if body.return_token_strs else None
+    answer = {"count": len(ids), "max_model_len": serving.info.max_model_len, "tokens": ids, "token_strs": texts}
     return Response(sse.json_bytes(answer), media_type="application/json")
 
 
 @router.post("/detokenize")
-@router.post("/v1/detokenize")
 async def detokenize(request: Request) -> Response:
     body, _ = await read_body(request, DetokenizeBody)
     state = state_of(request)

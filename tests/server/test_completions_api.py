@@ -108,6 +108,8 @@ def test_tokenize_and_detokenize_agree_with_the_server(serving: Any) -> None:
             assert answer["max_model_len"] == 4096
             completed = await server.complete(text)
             assert completed.json()["usage"]["prompt_tokens"] == answer["count"]
+            asked = {"prompt": "a<think>é", "return_token_strs": True}
+            assert (await server.post("/tokenize", asked)).json()["token_strs"] == ["a", "<think>", "\ufffd", "\ufffd"]
             back = await server.post("/detokenize", {"tokens": answer["tokens"]})
             assert back.json() == {"prompt": text}
             messages = [{"role": "user", "content": text}]

@@ -281,6 +281,33 @@ def test_idle_exit_is_quick(sim_model_dir: Path, start_server: Any) -> None:
             kept_open.close()
 
 
+def test_a_signal_while_the_engine_loads(sim_model_dir: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "server", str(sim_model_dir), "--simulate", "--port", str(port)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_for(lambda: children.read_text(), 20)
+        # A stopped engine never gets ready; the server listens all the same.
+        engine = int(children.read_text())
+        os.kill(engine, signal.SIGSTOP)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("GET", "/health/ready")
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["reason"]) == (503, "server_loading")
+        connection.request("GET", "/v1/models")
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["error"]["code"]) == (503, "server_loading")
+        connection.request("GET", "/health/live")
+        assert connection.getresponse().read() == b'{"status":"live"}'
+        process.terminate()
+        assert process.wait(10) == 0
+        assert not Path(f"/proc/{engine}").exists()
+    finally:
+        process.kill()
+
+
 def test_a_killed_engine_ends_streams_and_the_server(sim_model_dir: Path, start_server: Any) -> None:
     with start_server(sim_model_dir) as server:
         whole: list[Any] = []
