@@ -5,13 +5,13 @@ Both hear the same frames; what differs is how a frame travels.
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-import msgspec
 import zmq
 import zmq.asyncio
 
@@ -35,8 +35,11 @@ from engine.messages import (
 )
 from engine.outputs import split
 
+logger = logging.getLogger(__name__)
+
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 """Largest message to an engine: a million token ids are 4 MiB."""
+_CLOSED = "the engine client was closed"
 _LAST_FRAME_SECONDS = 0.2
 """How long the frames of a process that has ended may still be on their way."""
 
@@ -99,8 +102,7 @@ class StreamingClient(ABC):
             while not ended:
                 output = await stream.get()
                 if output is None:
-                    self._check_alive()
-                    raise EngineDeadError("the engine client was closed")
+                    raise EngineDeadError(self._dead_reason)
                 ended = output.finish_reason is not None
                 yield output
         finally:
@@ -155,11 +157,8 @@ class StreamingClient(ABC):
     def _die(self, reason: str) -> None:
         if self._dead_reason is None:
             self._dead_reason = reason
-            self._end_streams()
-
-    def _end_streams(self) -> None:
-        for stream in self._streams.values():
-            stream.put_nowait(None)
+            for stream in self._streams.values():
+                stream.put_nowait(None)
 
 
 class InProcessClient(StreamingClient):
@@ -177,7 +176,7 @@ class InProcessClient(StreamingClient):
     async def close(self) -> None:
         self._core.inbox.put(Shutdown())
         await asyncio.to_thread(self._thread.join)
-        self._end_streams()
+        self._die(_CLOSED)
 
     def _send(self, message: ToEngine) -> None:
         self._loop = asyncio.get_running_loop()
@@ -241,7 +240,7 @@ class SocketClient(StreamingClient):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
-        self._end_streams()
+        self._die(_CLOSED)
         self._to_engine.close(linger=0)
         self._from_engine.close(linger=0)
         self._context.term()
@@ -258,8 +257,9 @@ class SocketClient(StreamingClient):
             frame = await self._from_engine.recv()
             try:
                 self._hear(decode_from_engine(frame))
-            except msgspec.MsgspecError as error:
-                self._die(f"the engine sent a frame that cannot be read: {error}")
+            except Exception as error:
+                logger.exception("a frame of the engine cannot be read")
+                self._die(f"a frame of the engine cannot be read: {error}")
             if self._dead_reason is not None:
                 self._ready.set()
             elif self._info is not None and not self._ready.is_set():

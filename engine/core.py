@@ -124,6 +124,9 @@ class EngineCore:
         except InvalidRequestError as error:
             logger.warning("request %s refused: %s", message.request_id, error)
             self.scheduler.refuse(message.request_id, str(error))
+        except Exception:
+            logger.exception("request %s cannot be read", message.request_id)
+            self.scheduler.refuse(message.request_id, "The engine could not read this request.")
         else:
             self.scheduler.add(request)
 

@@ -116,6 +116,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_running: int = 0
     num_waiting: int = 0
     num_free_pages: int = 0
+    """Neither held nor promised to a running request."""
     num_free_slots: int = 0
     prompt_tokens: int = 0
     """Totals since start; the server turns differences into counters."""

@@ -88,7 +88,7 @@ class Scheduler:
         step_id = self.totals.step_id + 1
         budget = TokenBudget(self.config.max_num_batched_tokens)
         decodes, prefills = self._due()
-        rows = [self._take(request, budget, step_id) for request in decodes[: budget.remaining]]
+        rows = [self._take(request, budget, step_id) for request in decodes]
         new: list[NewRequest] = []
         prefills.reverse()
         while budget.remaining:
@@ -162,9 +162,8 @@ class Scheduler:
         prefills: list[Request] = []
         for request in self._running:
             (decodes if request.num_tokens - request.num_computed_tokens == 1 else prefills).append(request)
-        if len(decodes) > self.config.max_num_batched_tokens:
-            # They do not fit into one step: whoever waited longest goes first.
-            decodes.sort(key=lambda request: request.last_step_id)
+        # Each of them had a row in the last step, so they fit into this one.
+        assert len(decodes) <= self.config.max_num_batched_tokens
         return decodes, prefills
 
     def _start_next(self, before: Request | None, new: list[NewRequest], now: float) -> Request | None:
