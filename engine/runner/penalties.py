@@ -35,17 +35,23 @@ class PenaltyCounts:
         index = torch.from_numpy(np.stack([slots, token_ids])).to(device)
         self._cells_SV[index[0], index[1]] += 1
 
-    def apply(self, logits_NV: Tensor, slots_N: Tensor, penalties_3N: Tensor) -> Tensor:
-        """Logits with the penalties of their rows; `penalties_3N` is float32: repetition, presence, frequency.
+    def apply(self, logits_NV: Tensor, slots_N: np.ndarray, penalties_3N: np.ndarray) -> Tensor:
+        """Logits [N, V] with the penalties of their rows: repetition, presence, frequency.
 
         repetition  a token of the prompt or of the output: logit / r where positive, logit * r elsewhere (HF)
         presence    a token of the output: minus p                         (OpenAI)
         frequency   a token of the output: minus f times its count         (OpenAI)
         """
-        repetition, presence, frequency = penalties_3N.unsqueeze(-1)
-        cells_NV = self._cells_SV[slots_N]
-        counts_NV = cells_NV & (_IN_PROMPT - 1)
-        repeated = torch.where(logits_NV > 0, logits_NV / repetition, logits_NV * repetition)
-        logits_NV = torch.where(cells_NV != 0, repeated, logits_NV)
-        penalized_NV: Tensor = logits_NV - frequency * counts_NV - presence * (counts_NV > 0)
-        return penalized_NV
+        device = logits_NV.device
+        factors_31N = torch.from_numpy(penalties_3N.astype(np.float32)).to(device).unsqueeze(-1)
+        repetition, presence, frequency = factors_31N
+        cells_NV = self._cells_SV[torch.from_numpy(slots_N).to(device)]
+        if (penalties_3N[0] != 1.0).any():
+            repeated_NV = torch.where(logits_NV > 0, logits_NV / repetition, logits_NV * repetition)
+            logits_NV = torch.where(cells_NV != 0, repeated_NV, logits_NV)
+        counts_NV = cells_NV.bitwise_and_(_IN_PROMPT - 1)
+        if penalties_3N[2].any():
+            logits_NV = logits_NV - frequency * counts_NV
+        if penalties_3N[1].any():
+            logits_NV = logits_NV - presence * (counts_NV > 0)
+        return logits_NV

@@ -24,9 +24,9 @@ from engine.runner.penalties import PenaltyCounts
 
 GREEDY_TEMPERATURE = 1e-5
 """Below this a temperature is 0."""
-PREFIX_TOKENS = 1024
+PREFIX_TOKENS = 256
 """Likeliest tokens that are looked at first; a row that needs more is sorted whole. The result is the same."""
-SORT_TOKENS = 4096
+SORT_TOKENS = 1024
 """Vocabularies up to this size are sorted whole at once."""
 NO_PENALTIES = np.array([[1.0], [0.0], [0.0]])
 """repetition, presence, frequency; a column."""
@@ -101,8 +101,7 @@ class Sampled:
 def sample(logits_LV: Tensor, batch: SamplingBatch, counts: PenaltyCounts) -> Sampled:
     """Pick a token for each row of float32 logits, which are left as they are."""
     assert len(batch) == len(logits_LV) and logits_LV.dtype == torch.float32
-    least_L, most_L = torch.aminmax(logits_LV, dim=-1)
-    sound_L = torch.isfinite(least_L) & torch.isfinite(most_L)
+    sound_L = torch.isfinite(logits_LV.amin(-1)) & torch.isfinite(logits_LV.amax(-1))
     adjusted_LV = _adjust(logits_LV, batch, counts)
     possible_L = sound_L if adjusted_LV is logits_LV else torch.isfinite(adjusted_LV.amax(-1))
 
@@ -209,9 +208,7 @@ def _adjust(logits_LV: Tensor, batch: SamplingBatch, counts: PenaltyCounts) -> T
     if len(penalized_N):
         rows_N = _to(penalized_N, logits_LV)
         adjusted_LV[rows_N] = counts.apply(
-            adjusted_LV[rows_N],
-            _to(batch.slot_L[penalized_N], logits_LV),
-            _to(batch.penalties_3L[:, penalized_N].astype(np.float32), logits_LV),
+            adjusted_LV[rows_N], batch.slot_L[penalized_N], batch.penalties_3L[:, penalized_N]
         )
     if len(batch.banned_rows_N):
         where = _to(np.stack([batch.banned_rows_N, batch.banned_ids_N]), logits_LV)

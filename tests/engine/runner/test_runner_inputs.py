@@ -162,8 +162,7 @@ def test_a_reused_slot_remembers_nothing() -> None:
     assert used.token_ids(4, 0, 4).tolist() == [1, 2, 3, 2] and used.num_tokens_S[4] == 4
     assert used.page_ids_SP[4].tolist()[:16] == fresh.page_ids_SP[4].tolist() and used.num_pages_S[4] == 1
     assert not used.page_ids_SP[4, 1:].any()
-    logits, slots = torch.zeros(1, VOCAB), torch.tensor([4])
-    penalties = torch.tensor(ours.penalties_3L, dtype=torch.float32)
+    logits, slots, penalties = torch.zeros(1, VOCAB), np.array([4]), np.array([[2.0], [1.0], [0.5]])
     assert torch.equal(used.counts.apply(logits, slots, penalties), fresh.counts.apply(logits, slots, penalties))
 
 
@@ -185,8 +184,7 @@ def test_counts_follow_the_tokens_and_survive_a_resume() -> None:
     rows = []
     for table in (grown, resumed):
         batch = table.sampling(np.array([1]))
-        penalties = torch.tensor(batch.penalties_3L, dtype=torch.float32)
-        rows.append(table.counts.apply(logits, torch.tensor([1]), penalties)[0])
+        rows.append(table.counts.apply(logits, np.array([1]), batch.penalties_3L)[0])
         assert batch.uniform_L.tolist() == resumed.sampling(np.array([1])).uniform_L.tolist()
     assert torch.equal(rows[0], rows[1])
     for token in range(VOCAB):
