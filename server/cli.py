@@ -60,11 +60,13 @@ def _serve(argv: list[str]) -> int:
     arguments = serve_parser().parse_args(argv)
     from server.launch import serve
 
-    try:
+    def engine_config() -> EngineConfig:
         model_dir = arguments.model_dir or _default_model_dir()
         if not Path(model_dir).is_dir():
             raise ServerConfigError(f"{model_dir}: no such model directory")
-        engine_config = from_args(EngineConfig, arguments, model_dir=model_dir)
+        return from_args(EngineConfig, arguments, model_dir=model_dir)
+
+    try:
         return serve(from_args(ServerConfig, arguments), engine_config)
     except ServerConfigError as error:
         print(f"fathom serve: {error}", file=sys.stderr)
@@ -72,10 +74,11 @@ def _serve(argv: list[str]) -> int:
 
 
 def _default_model_dir() -> str:
-    # In a process of its own: making the directory takes torch, which the server does without.
-    made = subprocess.run(
-        [sys.executable, "-m", "model.tools.default_model"], stdout=subprocess.PIPE, text=True, check=False
-    )
+    # In a process of its own: making the directory takes torch, which the server does without. Its working directory
+    # makes the packages importable where Fathom is not installed, and keeps those of the user's directory out.
+    command = [sys.executable, "-m", "model.tools.default_model"]
+    root = Path(__file__).resolve().parents[1]
+    made = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=False)
     lines = made.stdout.strip().splitlines()
     if made.returncode or not lines:
         raise ServerConfigError("the embedded model could not be made; the lines above say why")

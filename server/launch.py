@@ -10,7 +10,7 @@ import contextlib
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
@@ -37,8 +37,10 @@ _HTTP_EXIT_SECONDS = 3
 _ENGINE_EXIT_SECONDS = 5.0
 
 
-def serve(config: ServerConfig, engine_config: EngineConfig) -> int:
+def serve(config: ServerConfig, make_engine_config: Callable[[], EngineConfig]) -> int:
     """Serve until a signal or the engine's death; returns the exit code.
+
+    `make_engine_config` may take its time (it may have to make a model): it runs when the port is ours.
 
     Raises:
         ServerConfigError: flags, keys or address cannot work; nothing was started.
@@ -49,6 +51,11 @@ def serve(config: ServerConfig, engine_config: EngineConfig) -> int:
     # Before the weights: a taken port should not cost a minute of loading.
     listener = _listen(config.host, config.port)
     _raise_file_limit()
+    try:
+        engine_config = make_engine_config()
+    except BaseException:
+        listener.close()
+        raise
     model_name = config.served_model_name or Path(engine_config.model_dir).resolve().name
 
     async def run() -> int:

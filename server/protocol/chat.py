@@ -56,7 +56,7 @@ class ChatBody(SamplingFields, ThinkingFields):
 
     def check(self) -> None:
         super().check()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs should be set along with logprobs = true", param="top_logprobs")
 
     @property

@@ -92,7 +92,7 @@ def test_version_is_the_distribution_s() -> None:
 
 
 def test_trouble_before_the_start_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
-    assert main(["serve", str(tmp_path / "absent")]) == 2
+    assert main(["serve", str(tmp_path / "absent"), "--port", "0"]) == 2
     assert "no such model directory" in capsys.readouterr().err
     assert main(["serve", str(tmp_path), "--host", "0.0.0.0"]) == 2
     assert "--api-key-file" in capsys.readouterr().err

@@ -207,7 +207,9 @@ def test_many_requests_on_one_connection(server: Any) -> None:
 
 
 def test_a_slow_request_head_is_cut_off(sim_model_dir: Path, start_server: Any) -> None:
-    with start_server(sim_model_dir, "--header-timeout", "0.5") as server:
+    with start_server(sim_model_dir, "--header-timeout", "0.5", "--served-model-name", "my/model") as server:
+        assert server.request("/v1/models/my/model")[1]["id"] == "my/model"
+        assert server.request("/v1/models/sim")[0] == 404
         for start in (b"", b"GET /hea"):
             with socket.create_connection(("127.0.0.1", server.port), timeout=5) as connection:
                 before = time.monotonic()
