@@ -76,9 +76,10 @@ def _serve(argv: list[str]) -> int:
 def _default_model_dir() -> str:
     # In a process of its own: making the directory takes torch, which the server does without. Its working directory
     # makes the packages importable where Fathom is not installed, and keeps those of the user's directory out.
-    command = [sys.executable, "-m", "model.tools.default_model"]
     root = Path(__file__).resolve().parents[1]
-    made = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, text=True, check=False)
+    made = subprocess.run(
+        [sys.executable, "-m", "model.tools.default_model"], cwd=root, stdout=subprocess.PIPE, text=True, check=False
+    )
     lines = made.stdout.strip().splitlines()
     if made.returncode or not lines:
         raise ServerConfigError("the embedded model could not be made; the lines above say why")
