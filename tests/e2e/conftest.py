@@ -1,0 +1,131 @@
+"""The real thing: `python -m server` with the embedded model, on a free loopback port."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MAX_MODEL_LEN = 4096
+START_SECONDS = 120.0
+
+
+class LiveServer:
+    """A server process; `ready_seconds` is the time from its start to its ready line."""
+
+    def __init__(self, process: "subprocess.Popen[str]", url: str, log: Path, ready_seconds: float) -> None:
+        self.process = process
+        self.url = url
+        self.log = log
+        self.ready_seconds = ready_seconds
+        with urllib.request.urlopen(url + "/health/ready", timeout=10) as answer:
+            assert answer.status == 200
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return answer.read().decode()
+
+    @property
+    def model(self) -> str:
+        return json.loads(self.get("/v1/models"))["data"][0]["id"]
+
+    def metric(self, name: str) -> float:
+        found = re.search(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", self.get("/metrics"), re.MULTILINE)
+        assert found is not None, f"/metrics has no {name}"
+        return float(found[1])
+
+    def wait_for(self, true: Callable[[], bool], what: str, seconds: float = 10.0) -> float:
+        """Poll until it holds; returns the seconds that took."""
+        start = time.monotonic()
+        while time.monotonic() < start + seconds:
+            if true():
+                return time.monotonic() - start
+            time.sleep(0.01)
+        raise AssertionError(f"not within {seconds} s: {what}")
+
+    def is_empty(self) -> bool:
+        """Nothing runs or waits, and every page and slot is free."""
+        return (
+            self.metric("vllm:num_requests_running") + self.metric("vllm:num_requests_waiting") == 0
+            and self.metric("fathom_pages_free") == self.metric("fathom_pages_total")
+            and self.metric("fathom_slots_free") == self.metric("fathom_slots_total")
+        )
+
+    def descendants(self) -> list[int]:
+        """Process ids of children and theirs."""
+        found, new = [], [self.process.pid]
+        while new:
+            pid = new.pop()
+            for path in Path(f"/proc/{pid}/task").glob("*/children"):
+                children = [int(child) for child in path.read_text().split()]
+                found += children
+                new += children
+        return found
+
+
+@contextmanager
+def launch(home: Path, *flags: str, environment: dict[str, str] | None = None) -> Iterator[LiveServer]:
+    """`python -m server FLAGS` with its home, cache and log in `home`."""
+    home.mkdir(parents=True, exist_ok=True)
+    kept = {name: value for name, value in os.environ.items() if name != "FATHOM_API_KEY"}
+    env = {**kept, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), **(environment or {})}
+    log = home / f"server-{time.monotonic_ns()}.log"
+    start = time.monotonic()
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            # One thread: on shared cores several of them mostly wait for each other.
+            [sys.executable, "-m", "server", "--port", "0", "--num-threads", "1", *flags],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        seconds = time.monotonic() - start
+        url = re.search(r"http://\S+", line)
+        assert url is not None, f"no ready line: {line!r}\n{log.read_text()[-2000:]}"
+        yield LiveServer(process, url[0], log, seconds)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(40)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        process.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home directory that holds no model before the first server starts."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="session")
+def server(home: Path) -> Iterator[LiveServer]:
+    with launch(home, "--max-model-len", str(MAX_MODEL_LEN)) as live:
+        yield live
+
+
+@pytest.fixture
+def launcher(home: Path, server: LiveServer) -> Callable[..., Any]:
+    """`with launcher("--flag", environment={...}) as live`: a server of its own beside the shared one."""
+
+    def make(*flags: str, environment: dict[str, str] | None = None) -> Any:
+        return launch(home, *flags, environment=environment)
+
+    return make
