@@ -8,6 +8,7 @@ import torch
 
 from engine.config import EngineConfig, EngineConfigError, MachineFacts
 
+_CGROUP = Path("/sys/fs/cgroup")
 CPU_MARGIN_BYTES = 1 << 30
 """Left to the rest of the machine, whatever the flags say."""
 
@@ -32,8 +33,12 @@ def has_fast_bf16(device: Literal["cpu", "cuda"]) -> bool:
 
 
 def num_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may run on: its affinity, or less where the control group allows less time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = (_read_text(_CGROUP / "cpu.max") or "max").partition(" ")
+    if quota.isdecimal() and period.isdecimal():
+        cores = min(cores, max(1, -(-int(quota) // int(period))))
+    return cores
 
 
 def free_bytes(config: EngineConfig, device: Literal["cpu", "cuda"]) -> int:
@@ -62,9 +67,9 @@ def measure(config: EngineConfig, device: Literal["cpu", "cuda"]) -> MachineFact
 def _available_bytes() -> int:
     """MemAvailable, or less where the control group allows less."""
     limits = [_meminfo_available()]
-    limit, used = (_read_int(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    if limit is not None and used is not None:
-        limits.append(max(0, limit - used))
+    limit, used = (_read_text(_CGROUP / name) or "max" for name in ("memory.max", "memory.current"))
+    if limit.isdecimal() and used.isdecimal():
+        limits.append(max(0, int(limit) - int(used)))
     return min(limits)
 
 
@@ -76,13 +81,11 @@ def _meminfo_available() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
-def _read_int(path: Path) -> int | None:
-    """The number in a file; None when there is no such file or it says "max"."""
+def _read_text(path: Path) -> str | None:
     try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:  # not Linux, or no control group of that version
         return None
-    return int(text) if text.isdecimal() else None
 
 
 def _cpu_flags() -> frozenset[str]:

@@ -128,11 +128,18 @@ def test_cuda_without_a_device_is_refused(model_dir: Path) -> None:
 
 def test_free_memory_keeps_a_margin_and_respects_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_meminfo_available", lambda: 10 << 30)
-    limits: dict[str, int | None] = {"memory.max": None, "memory.current": 3 << 30}
-    monkeypatch.setattr(memory, "_read_int", lambda path: limits[path.name])
+    limits = {"memory.max": "max", "memory.current": str(3 << 30)}
+    monkeypatch.setattr(memory, "_read_text", lambda path: limits.get(path.name))
     config = EngineConfig(model_dir="")
     assert memory.free_bytes(config, "cpu") == (10 << 30) - memory.CPU_MARGIN_BYTES
-    limits["memory.max"] = 7 << 30
+    limits["memory.max"] = str(7 << 30)
     assert memory.free_bytes(config, "cpu") == (4 << 30) - memory.CPU_MARGIN_BYTES
-    limits["memory.max"] = 2 << 30
+    limits["memory.max"] = str(2 << 30)
     assert memory.free_bytes(config, "cpu") == 0
+
+
+def test_cores_respect_affinity_and_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.os, "sched_getaffinity", lambda _: set(range(8)))
+    for text, cores in ((None, 8), ("max 100000", 8), ("250000 100000", 3), ("5000 100000", 1), ("9900000 100000", 8)):
+        monkeypatch.setattr(memory, "_read_text", lambda _, text=text: text)
+        assert memory.num_cores() == cores
