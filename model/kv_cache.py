@@ -53,7 +53,8 @@ class RowStore:
 
     def read(self, rows: Tensor) -> Tensor:
         """Rows [*] -> [*, C] in the model's dtype."""
-        return self.unpack(self.storage.index_select(0, rows.reshape(-1))).view(*rows.shape, -1)
+        found = self.unpack(self.storage.index_select(0, rows.reshape(-1)))
+        return found.view(*rows.shape, found.shape[1])
 
     def write(self, rows_N: Tensor, packed: Tensor) -> None:
         self.storage.index_copy_(0, rows_N, packed)

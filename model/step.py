@@ -121,6 +121,17 @@ class Step:
         return tuple(self._query_starts.tolist())
 
     @cached_property
+    def single_tokens(self) -> Tensor | None:
+        """Tokens of the requests that bring one token only (decode), or None; computed together."""
+        tokens = [t for t, n in zip(self.query_starts, self.query_lens, strict=True) if n == 1]
+        return torch.tensor(tokens, device=self.device) if tokens else None
+
+    @cached_property
+    def long_requests(self) -> tuple[int, ...]:
+        """Requests that bring more than one token; computed one by one."""
+        return tuple(b for b, n in enumerate(self.query_lens) if n > 1)
+
+    @cached_property
     def main_rotation(self) -> Rotation:
         return self.rope.rotation(self.batch.positions_T, compressed=False)
 

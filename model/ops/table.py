@@ -1,7 +1,12 @@
 """Which implementation of each op a device gets."""
 
+from dataclasses import replace
 from functools import partial
 
+from model.ops.cpu import attention as fast_attention
+from model.ops.cpu import compress as fast_compress
+from model.ops.cpu import index as fast_index
+from model.ops.cpu import moe as fast_moe
 from model.ops.reference import attention, compress, hyper, index, linear, moe, norm, rope
 from model.ops.registry import OpTable
 
@@ -12,10 +17,19 @@ def resolve_ops(device: str, *, deterministic: bool = False) -> OpTable:
     `deterministic`: a row's bits depend neither on the other rows of the step nor on its place among them, so chunked
     and whole prompts, and single and batched requests, agree exactly.
     """
-    return _table(tiled=deterministic)
+    table = _reference(tiled=deterministic)
+    return table if deterministic else replace(table, **_FAST)
 
 
-def _table(*, tiled: bool) -> OpTable:
+_FAST = {
+    "attention": fast_attention.attention,
+    "compress": fast_compress.compress,
+    "experts": fast_moe.experts,
+    "index": fast_index.index,
+}
+
+
+def _reference(*, tiled: bool) -> OpTable:
     product = linear.linear_tiled if tiled else linear.linear
     product_fp32 = linear.linear_fp32_tiled if tiled else linear.linear_fp32
     return OpTable(

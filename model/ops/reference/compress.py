@@ -30,7 +30,7 @@ def _fold_windows(state_3GC: Tensor, values_TC: Tensor, scores_TC: Tensor, token
     return state_3GC
 
 
-def _initial(windows: int, accumulators_B3C: Tensor, plan: CompressPlan) -> Tensor:
+def initial_state(windows: int, accumulators_B3C: Tensor, plan: CompressPlan) -> Tensor:
     """[3, G, C]: each request's first window goes on from its slot, the others start empty."""
     state = accumulators_B3C.new_zeros(3, windows, accumulators_B3C.shape[-1])
     state[0] = float("-inf")
@@ -49,21 +49,21 @@ def compress(
     windows, channels = plan.tokens_GK.shape[0], accumulators.shape[-1]
     slots_B = accumulators.index_select(0, plan.slot_B)
     own = slice(channels, None) if overlap else slice(None)
-    current = _initial(windows, slots_B[:, 0], plan)
+    current = initial_state(windows, slots_B[:, 0], plan)
     following = None
     if overlap:
-        carried = _initial(windows, slots_B[:, 1], plan)
+        carried = initial_state(windows, slots_B[:, 1], plan)
         following = _fold_windows(carried, values_TX[:, :channels], scores_TX[:, :channels], plan.tokens_GK)
         # A window that is not its request's first starts from the overlap of the window before it.
         first_B = current.index_select(1, plan.first_B)
         current = following.roll(1, dims=1).index_copy(1, plan.first_B, first_B)
     current = _fold_windows(current, values_TX[:, own], scores_TX[:, own], plan.tokens_GK)
-    _store(current, following, plan, accumulators)
+    store_state(current, following, plan, accumulators)
     _, weight_sum, weighted = current.index_select(1, plan.emit_windows)
     return weighted / weight_sum
 
 
-def _store(current: Tensor, following: Tensor | None, plan: CompressPlan, accumulators: Tensor) -> None:
+def store_state(current: Tensor, following: Tensor | None, plan: CompressPlan, accumulators: Tensor) -> None:
     """A completed window is over: the overlap becomes the entry in progress, and what follows it is empty."""
     last_B3C = current.index_select(1, plan.last_B).transpose(0, 1)
     empty_B3C = torch.zeros_like(last_B3C)

@@ -70,10 +70,10 @@ def experts(
         else:
             y = linear(swiglu(gate, up, bank.limit), bank.down(expert)).float() * weight
         out[pairs] = y
-    return _sum_choices(out.view(tokens, choices, -1))
+    return sum_choices(out.view(tokens, choices, -1))
 
 
-def _sum_choices(out_TAD: Tensor) -> Tensor:
+def sum_choices(out_TAD: Tensor) -> Tensor:
     total = out_TAD[:, 0]
     for choice in out_TAD.unbind(1)[1:]:
         total = total + choice
