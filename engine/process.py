@@ -104,7 +104,9 @@ async def start_engine(
         log_level=log_level,
     )
     # The working directory makes the packages importable where Fathom is not installed.
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=_ROOT)  # noqa: S603, ASYNC220
+    # Threads that spin while they wait for work make each other late wherever cores are shared. The user's word wins.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=_ROOT, env=environment)  # noqa: S603, ASYNC220
     handle = EngineHandle(client=client, process=process, directory=directory, exited=asyncio.Event())
     _watch(handle, asyncio.get_running_loop())
     try:
