@@ -129,5 +129,5 @@ class OpTable:
     index: IndexOp
     attention: AttentionOp
     experts: ExpertsOp
-    pack_weight: Callable[[Tensor], Tensor] | None = None
+    pack_weight: Callable[[Tensor], Tensor | None] | None = None
     """Once after loading: a matrix [O, I] in the form that this table's `linear` reads fastest. None: as it is."""
