@@ -1,4 +1,4 @@
-"""Matrix products through oneDNN's packed weights: few rows read the weights about twice as fast as plain torch does."""
+"""Matrix products through oneDNN's packed weights: with few rows about twice as fast as torch's own."""
 
 import torch
 from torch import Tensor
