@@ -125,9 +125,11 @@ def main(make_executor: Callable[[EngineConfig], Executor] | None = None) -> int
     """Life of an engine process; the exit code is 0 only after a Shutdown."""
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=LaunchConfig)
     logging.raiseExceptions = False
-    logging.basicConfig(
-        level=launch.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s engine[%(process)d] %(message)s"
-    )
+    formatter = logging.Formatter("%(asctime)s %(levelname)s engine[%(process)d] %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=launch.log_level, handlers=[handler])
     _follow_parent()
     context = zmq.Context()
     output = context.socket(zmq.PUSH)
