@@ -88,6 +88,8 @@ class Transformer(HyperSites):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.finish_loading()
+            elif isinstance(module, HyperSites):
+                module.expand_scales()
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Final hidden state [L, D] of the rows `batch.logits_index_L`, in the model's dtype; writes `cache`."""

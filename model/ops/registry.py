@@ -46,7 +46,7 @@ class HyperPreOp(Protocol):
     def __call__(
         self, x_TMD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, iters: int, eps: float, norm_eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Collapse the streams: (a_TD like x, post_TM fp32, comb_TMM fp32)."""
+        """Collapse the streams: (a_TD like x, post_TM fp32, comb_TMM fp32). `scale` holds one value for each output."""
         ...
 
 

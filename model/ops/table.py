@@ -9,6 +9,7 @@ from model.ops.cpu import hyper as fast_hyper
 from model.ops.cpu import index as fast_index
 from model.ops.cpu import linear as fast_linear
 from model.ops.cpu import moe as fast_moe
+from model.ops.cpu import norm as fast_norm
 from model.ops.reference import attention, compress, hyper, index, linear, moe, norm, rope
 from model.ops.registry import OpTable
 
@@ -31,6 +32,7 @@ def resolve_ops(device: str, *, deterministic: bool = False) -> OpTable:
         hyper_post=fast_hyper.hyper_post,
         hyper_pre=fast_hyper.hyper_pre,
         index=fast_index.index,
+        rms_norm=fast_norm.rms_norm,
     )
     if device != "cpu":
         return fast

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from model.ops.reference import quant
-from model.ops.table import resolve_ops
 from model.quant import OFFICIAL, WeightFormat
 from model.transformer import Transformer
 
@@ -120,8 +119,3 @@ def test_deterministic_bfloat16_is_chunk_invariant(tools: Any) -> None:
     ]
     assert torch.equal(rows[0], rows[1])
     assert torch.equal(rows[0], rows[2])
-
-
-def test_tables_differ_only_where_they_should() -> None:
-    assert resolve_ops("cpu").rms_norm is resolve_ops("cpu", deterministic=True).rms_norm
-    assert resolve_ops("cpu", deterministic=True).pack_weight is None

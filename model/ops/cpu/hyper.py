@@ -27,9 +27,7 @@ def hyper_pre(
     x_TMD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, iters: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     m = x_TMD.shape[1]
-    # One multiply-add for all outputs: scale0 for pre, scale1 for post, scale2 for comb.
-    scales = scale.repeat_interleave(torch.tensor([m, m, m * m], device=scale.device))
-    a_TD, mix = _collapse(x_TMD, fn, scales, base, eps, norm_eps)
+    a_TD, mix = _collapse(x_TMD, fn, scale, base, eps, norm_eps)
     comb = sinkhorn(mix[:, 2 * m :].reshape(-1, m, m), iters, eps)
     return a_TD, 2 * sigmoid(mix[:, m : 2 * m]), comb
 
@@ -39,7 +37,7 @@ def hyper_head(x_TMD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, eps: f
 
 
 def _collapse(
-    x_TMD: Tensor, fn: Tensor, scales: Tensor, base: Tensor, eps: float, norm_eps: float
+    x_TMD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor]:
     """Streams summed by the first M outputs of the site, and all its outputs before their nonlinearity."""
     tokens, m, width = x_TMD.shape
@@ -50,7 +48,7 @@ def _collapse(
         flat = wide.flatten(1)
         norm = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
         factor = (norm.square_().div_(m * width).add_(norm_eps)).rsqrt_()
-        out = torch.addcmul(base, torch.mm(flat, fn.t()).mul_(factor), scales, out=mix[part])
+        out = torch.addcmul(base, torch.mm(flat, fn.t()).mul_(factor), scale, out=mix[part])
         pre = sigmoid(out[:, :m]).add_(eps)
         a_TD[part] = torch.bmm(pre.unsqueeze(1), wide).squeeze(1)
     return a_TD, mix
