@@ -28,16 +28,20 @@ def resolve_ops(device: str, *, deterministic: bool = False) -> OpTable:
         attention=fast_attention.attention,
         compress=fast_compress.compress,
         experts=fast_moe.experts,
-        hyper_head=fast_hyper.hyper_head,
-        hyper_post=fast_hyper.hyper_post,
-        hyper_pre=fast_hyper.hyper_pre,
         index=fast_index.index,
-        rms_norm=fast_norm.rms_norm,
     )
     if device != "cpu":
         return fast
+    # Tiles made for caches, and oneDNN's packed weights.
     return replace(
-        fast, linear=fast_linear.linear, linear_fp32=fast_linear.linear_fp32, pack_weight=fast_linear.pack_weight
+        fast,
+        hyper_head=fast_hyper.hyper_head,
+        hyper_post=fast_hyper.hyper_post,
+        hyper_pre=fast_hyper.hyper_pre,
+        linear=fast_linear.linear,
+        linear_fp32=fast_linear.linear_fp32,
+        pack_weight=fast_linear.pack_weight,
+        rms_norm=fast_norm.rms_norm,
     )
 
 
