@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.ops.reference.activation import softplus, swiglu
+from model.ops.reference.topk import select
 from model.ops.registry import LinearOp
 
 
@@ -35,9 +36,12 @@ def _scores(logits_TE: Tensor) -> Tensor:
 
 
 def score_route(logits_TE: Tensor, bias_E: Tensor, count: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Ids [T, A] of the best biased scores, and the unbiased scores normalised over them, times `scaling`."""
+    """Ids [T, A] of the best biased scores, ascending, and the unbiased scores normalised over them, times `scaling`.
+
+    Ties go to the lower id.
+    """
     scores_TE = _scores(logits_TE)
-    ids_TA = (scores_TE + bias_E).topk(count, dim=-1, sorted=False).indices
+    ids_TA = select(scores_TE + bias_E, count)
     return ids_TA, _normalised(scores_TE.gather(1, ids_TA), scaling)
 
 
