@@ -1,29 +1,12 @@
 """Routing and routed experts (architecture, 2.7)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from model.ops.expert_bank import ExpertBank
 from model.ops.reference.activation import softplus, swiglu
 from model.ops.reference.topk import select
 from model.ops.registry import LinearOp
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertBank:
-    """Experts `start` .. `start + length` of this rank; matrices by local number, in the model's dtype."""
-
-    start: int
-    length: int
-    gate_up: Callable[[int], Tensor]
-    """[2F, D]: w1 over w3."""
-    down: Callable[[int], Tensor]
-    """[D, F]."""
-    round_activations: Callable[[Tensor], Tensor]
-    """Before every matrix, in official numerics."""
-    limit: float
 
 
 def _normalised(scores_TA: Tensor, scaling: float) -> Tensor:
