@@ -55,7 +55,7 @@ type: install ## check types
 	$(BIN)/mypy
 
 bench: install ## measure prefill and decode beside transformers; writes tests/bench/results/
-	$(BIN)/python tests/bench/bench_model.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/bench/bench_model.py $(ARGS)
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

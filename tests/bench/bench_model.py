@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "transformers": transformers.__version__,
         "python": sys.version.split()[0],
     }
@@ -172,6 +174,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed prefills")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "model-cpu.json")
     args = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with torch.inference_mode():
         result = measure(args)
     settings = {key: value for key, value in vars(args).items() if key != "out"}
