@@ -14,7 +14,6 @@ and `Published`. No clocks, no randomness: the same calls give the same books.
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from engine.kv.hashing import PageKeys
 from engine.kv.misses import Match, MissMemory
 from engine.kv.page_pool import PagePool
 from engine.kv.prefix_node import TOKEN_BYTES, Mark, Node, count_paths
-from engine.kv.victims import VictimHeap, fade, rank_of
+from engine.kv.victims import Evicted, VictimHeap, fade, rank_of
 
 
 class Published(NamedTuple):
@@ -34,18 +33,6 @@ class Published(NamedTuple):
     """Whether the index has taken the page; otherwise an equal one was there and the caller keeps its own."""
     freed: list[int]
     """Device pages of leaves that the new page has made superfluous."""
-
-
-@dataclass(slots=True)
-class Evicted:
-    """What eviction did; the copies belong to the plan in which the pages are used again."""
-
-    page_ids: list[int] = field(default_factory=list)
-    """Device pages that are free now."""
-    spills: list[tuple[int, int]] = field(default_factory=list)
-    """(page, host page), in this order; a later copy to the same host page replaces an earlier one."""
-    lost: list[bytes] = field(default_factory=list)
-    """Names of positions that no page holds any more: snapshots taken there have lost their use."""
 
 
 class PrefixIndex:
@@ -104,16 +91,17 @@ class PrefixIndex:
 
     def match(self, keys: PageKeys, token_ids: np.ndarray) -> Match:
         """Walk down as far as pages are there; `token_ids` int32 [num_tokens] are the tokens that `keys` name."""
+        assert token_ids.dtype == np.dtype("<i4")
         root = self._roots.get(keys.root)
         nodes: list[Node] = []
-        bases = [root] if root is not None and root.tails else []
+        bases = [root] if root is not None else []
         find = self._nodes.get
         for key in keys.keys if root is not None else ():
             node = find(key)
             if node is None:
                 break
             nodes.append(node)
-            if node.tails:
+            if node.tails.by_length:
                 bases.append(node)
         marks: list[Mark] = []
         for base in bases:
@@ -268,24 +256,21 @@ class PrefixIndex:
         assert len(set(host)) == len(host), "a host page has two owners"
         self.host.check(set(host))
         idle = [n for n in self._nodes.values() if n.page_id is not None and not n.refs]
-        assert self._num_idle == sum(not n.pins for n in idle) and self._num_idle_pinned == sum(
-            n.pins > 0 for n in idle
-        )
         droppable = [n for n in self._nodes.values() if n.page_id is None and not n.refs and not n.pins]
-        assert self._num_droppable == len(droppable)
+        assert self._num_idle == sum(not n.pins for n in idle), "idle pages are miscounted"
+        assert self._num_idle_pinned == sum(n.pins > 0 for n in idle), "idle pinned pages are miscounted"
+        assert self._num_droppable == len(droppable), "host pages that may go are miscounted"
         for heap, victims in (
             (self._device_victims, {n for n in nodes if n.may_leave_device}),
             (self._host_victims, {n for n in nodes if n.may_be_dropped}),
         ):
-            live = {node: rank for rank, node in heap.live()}
-            assert set(live) == victims, "a victim is in no heap"
-            assert all(rank == self._rank(node) for node, rank in live.items()), "a victim has an old rank"
+            assert {node for _, node in heap.live()} == victims, "a victim is in no heap"
         self._misses.check(list(self._nodes.values()))
 
     def _marks_in(self, base: Node, nodes: list[Node], token_ids: np.ndarray) -> list[Mark]:
         """Tails of `base` with which the prompt goes on."""
         start = base.depth * self.page_tokens
-        after = np.ascontiguousarray(token_ids[start : start + self.page_tokens], dtype="<i4").tobytes()
+        after = token_ids[start : start + self.page_tokens].tobytes()
         next_node = nodes[base.depth] if base.depth < len(nodes) else None
         return [
             Mark(start + len(tail) // TOKEN_BYTES, base.key + tail, next_node or holder)

@@ -94,33 +94,30 @@ class Tails:
     Grouped by length, so that a lookup takes one step for each length and not for each of a thousand continuations.
     """
 
-    __slots__ = ("_by_length",)
+    __slots__ = ("by_length",)
 
     def __init__(self) -> None:
-        self._by_length: dict[int, dict[bytes, Node]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._by_length)
+        self.by_length: dict[int, dict[bytes, Node]] = {}
 
     def __iter__(self) -> Iterator[tuple[bytes, Node]]:
-        return (item for group in self._by_length.values() for item in group.items())
+        return (item for group in self.by_length.values() for item in group.items())
 
     def matching(self, following: bytes) -> list[tuple[bytes, Node]]:
         """Tails with which the int32 bytes `following` begin, the shortest first."""
         found = []
-        for length in sorted(self._by_length):
+        for length in sorted(self.by_length):
             tail = following[:length]
-            holder = self._by_length[length].get(tail)
+            holder = self.by_length[length].get(tail)
             if holder is not None:
                 found.append((tail, holder))
         return found
 
     def holder(self, tail: bytes) -> Node | None:
-        return self._by_length.get(len(tail), {}).get(tail)
+        return self.by_length.get(len(tail), {}).get(tail)
 
     def put(self, tail: bytes, holder: Node) -> None:
         """Let `holder`'s page stand for a tail, instead of another page if there was one."""
-        group = self._by_length.setdefault(len(tail), {})
+        group = self.by_length.setdefault(len(tail), {})
         before = group.get(tail)
         if before is not holder:
             if before is not None:
@@ -129,10 +126,10 @@ class Tails:
             holder.held_tails.append(tail)
 
     def remove(self, tail: bytes) -> None:
-        group = self._by_length[len(tail)]
+        group = self.by_length[len(tail)]
         group.pop(tail).held_tails.remove(tail)
         if not group:
-            del self._by_length[len(tail)]
+            del self.by_length[len(tail)]
 
 
 def count_paths(tips: Iterable[Node]) -> dict[Node, int]:

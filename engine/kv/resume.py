@@ -52,7 +52,8 @@ class ResumePlan:
     miss: MissReason | None
     """Why more was not found; None when all that could be expected was. "salt" is not for clients."""
     junction: int | None
-    """Page end at which this prompt leaves a cached one, where a snapshot would serve the next such prompt."""
+    """Page end, not before `resume_at`, at which this prompt leaves a cached one: a snapshot there would serve the next
+    such prompt."""
 
     @property
     def num_loads(self) -> int:
@@ -98,7 +99,7 @@ def plan_resume(
         replay=best.position > 0 and best.snapshot is None,
         est_seconds=best_seconds,
         miss=_miss(match, num_tokens, best.position, page_tokens),
-        junction=_junction(match, best.position, snapshots, page_tokens),
+        junction=_junction(match, snapshots, page_tokens),
     )
 
 
@@ -119,10 +120,10 @@ def _candidates(match: Match, num_tokens: int, snapshots: SnapshotStore, page_to
         if snapshot is not None:
             found.append(_Candidate(mark.position, snapshot, mark.holder))
     depth = min(len(match.nodes), (num_tokens - 1) // page_tokens)
-    for i, node in enumerate(match.nodes[:depth]):
+    for node in match.nodes[:depth]:
         snapshot = snapshots.find(node.key)
         if snapshot is not None:
-            found.append(_Candidate((i + 1) * page_tokens, snapshot, None))
+            found.append(_Candidate(node.depth * page_tokens, snapshot, None))
     # A page end further up is worth a replay only where it saves loads: at the last page on the device.
     replays = {depth, min(depth, match.num_on_device)} - {0}
     found += [_Candidate(d * page_tokens, None, None) for d in replays]
@@ -140,8 +141,7 @@ def _miss(match: Match, num_tokens: int, resume_at: int, page_tokens: int) -> Mi
     return match.end or (None if covered else "cold")
 
 
-def _junction(match: Match, resume_at: int, snapshots: SnapshotStore, page_tokens: int) -> int | None:
-    position = len(match.nodes) * page_tokens
-    if match.end != "diverged" or position < resume_at or snapshots.get(match.nodes[-1].key) is not None:
+def _junction(match: Match, snapshots: SnapshotStore, page_tokens: int) -> int | None:
+    if match.end != "diverged" or snapshots.get(match.nodes[-1].key) is not None:
         return None
-    return position
+    return len(match.nodes) * page_tokens

@@ -9,6 +9,7 @@ All values fade at the same rate, so their order does not depend on the time and
 
 import heapq
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from math import log2
 from typing import Generic, Protocol, TypeVar
 
@@ -68,3 +69,15 @@ class VictimHeap(Generic[V]):
 
     def _is_live(self, entry: tuple[float, int, V]) -> bool:
         return entry[2].ticket == entry[1] and self._is_victim(entry[2])
+
+
+@dataclass(slots=True)
+class Evicted:
+    """What eviction did; the copies belong to the plan in which the pages are used again."""
+
+    page_ids: list[int] = field(default_factory=list)
+    """Device pages that are free now."""
+    spills: list[tuple[int, int]] = field(default_factory=list)
+    """(page, host page), in this order; a later copy to the same host page replaces an earlier one."""
+    lost: list[bytes] = field(default_factory=list)
+    """Names of positions that no page holds any more: snapshots taken there have lost their use."""
