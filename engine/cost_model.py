@@ -25,6 +25,8 @@ from model.config import ModelConfig
 ROW_KNOTS = (4, 16, 64, 256, 1024, 4096)
 """Where the slope of f may change. The distinct experts of a step saturate over two decades of rows, projections become
 compute-bound at a few hundred and experts at a few thousand, on every machine of interest within a factor of four."""
+_MANY_ROWS, _FEW_ROWS = 64, 5.0
+"""The prior's slope is this many times steeper below 64 rows, where most rows read experts of their own."""
 _STEP, _REQUEST, _DECODE_CONTEXT, _PREFILL_WORK, _MIXED = range(5)
 _FIRST_SLOPE = 5
 _NUM_PARTS = _FIRST_SLOPE + len(ROW_KNOTS) + 1
@@ -103,6 +105,7 @@ class CostPrior:
     step_seconds: float
     request_seconds: float
     row_seconds: float
+    """For one row among many."""
     context_seconds: float
     """For one decode row and one token of context."""
     work_seconds: float
@@ -112,7 +115,7 @@ class CostPrior:
 
 def cost_prior(model: ModelConfig, device: Literal["cpu", "cuda"]) -> CostPrior:
     """A prior that errs on the slow side for a machine of the kind, from the model's arithmetic."""
-    flops, bandwidth, launch = (2e14, 1e12, 1e-4) if device == "cuda" else (2e10, 1e10, 4e-4)
+    flops, bandwidth, launch = (2e14, 1e12, 2e-4) if device == "cuda" else (2e10, 1e10, 4e-4)
     num_csa, num_hca = len(model.layers_of("csa")), len(model.layers_of("hca"))
     index = num_csa * 2 * model.index_n_heads * model.index_head_dim / 4
     core = num_hca * 4 * model.num_attention_heads * model.head_dim / 128
@@ -164,7 +167,7 @@ class CostModel:
                 prior.context_seconds,
                 prior.work_seconds,
                 prior.mixed_seconds,
-                *([prior.row_seconds] * (len(ROW_KNOTS) + 1)),
+                *(prior.row_seconds * (_FEW_ROWS if low < _MANY_ROWS else 1.0) for low in (0, *ROW_KNOTS)),
             ]
         )
         assert (self._prior > 0).all(), "every part of the prior is positive"

@@ -139,7 +139,7 @@ class _Reader:
             if not isinstance(entry, dict):
                 raise TraceError(f"requests: expected objects, found {entry!r}")
             if entry.get("type") == "subagent":
-                agent = self._add_subagent(session, entry, block_tokens, start, before[:1])
+                agent = self._add_subagent(session, entry, block_tokens, start, before[:1], last_end)
                 # The parent goes on when the agent has come back; one that was only launched is not waited for.
                 if agent is not None and entry.get("status") != "async_launched":
                     before.append(agent)
@@ -150,11 +150,16 @@ class _Reader:
             before = [request]
 
     def _add_subagent(
-        self, session: str, entry: dict[str, Any], block_tokens: int, start: float, parent: list[SimRequest]
+        self,
+        session: str,
+        entry: dict[str, Any],
+        block_tokens: int,
+        start: float,
+        parent: list[SimRequest],
+        last_end: float | None,
     ) -> SimRequest | None:
         name = f"{session}/{entry.get('agent_id', len(self.requests))}"
         last: SimRequest | None = None
-        last_end = None
         for inner in entry.get("requests", ()):
             if not isinstance(inner, dict):
                 raise TraceError(f"requests of a subagent: expected objects, found {inner!r}")
