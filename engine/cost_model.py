@@ -14,6 +14,7 @@ beside counts of 1 in a well-conditioned matrix (kv-and-scheduling 7.3).
 
 import math
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +30,14 @@ _MANY_ROWS, _FEW_ROWS = 64, 5.0
 """The prior's slope is this many times steeper below 64 rows, where most rows read experts of their own."""
 _STEP, _REQUEST, _DECODE_CONTEXT, _PREFILL_WORK, _MIXED = range(5)
 _FIRST_SLOPE = 5
+COEFFICIENTS = (
+    "step",
+    "request",
+    "decode_context",
+    "prefill_work",
+    "mixed",
+    *(f"row_{knot}" for knot in (0, *ROW_KNOTS)),
+)
 _NUM_PARTS = _FIRST_SLOPE + len(ROW_KNOTS) + 1
 _PRIOR_WEIGHT = 0.1
 """Of the prior, in observations; it fades like they do."""
@@ -230,12 +239,22 @@ class CostModel:
 
     def coefficients(self) -> dict[str, float]:
         """The fit by name, in seconds for one of each; `row_<from>` are the slopes of f."""
-        values = self._multiples * self._prior
-        names = ("step", "request", "decode_context", "prefill_work", "mixed")
-        named = {name: float(value) for name, value in zip(names, values, strict=False)}
-        return named | {
-            f"row_{knot}": float(value) for knot, value in zip((0, *ROW_KNOTS), values[_FIRST_SLOPE:], strict=True)
-        }
+        return dict(zip(COEFFICIENTS, (self._multiples * self._prior).tolist(), strict=True))
+
+    def set_coefficients(self, coefficients: Mapping[str, float]) -> None:
+        """Go on from a fit that `coefficients` told.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a value is negative or not finite.
+        """
+        if set(coefficients) != set(COEFFICIENTS):
+            raise ValueError(f"cost model: expected {', '.join(COEFFICIENTS)}; found {', '.join(sorted(coefficients))}")
+        values = np.array([coefficients[name] for name in COEFFICIENTS], dtype=np.float64)
+        if not (np.isfinite(values) & (values >= 0.0)).all():
+            raise ValueError("cost model: expected finite coefficients of at least 0")
+        self._multiples = values / self._prior
+        self._target = self._information @ self._multiples
+        self._set_coefficients()
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
         """Learn from a step that took `seconds`. Steps without rows and impossible times are ignored."""

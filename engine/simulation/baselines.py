@@ -94,11 +94,10 @@ class PageCache:
 class _Entry:
     """A request and its pages."""
 
-    __slots__ = ("keys", "num_pages", "num_published", "order", "request", "was_running")
+    __slots__ = ("keys", "num_pages", "num_published", "request", "was_running")
 
-    def __init__(self, request: Request, order: int) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
-        self.order = order
         self.keys = page_keys(request.token_ids, [])
         self.num_published = 0
         """Pages held under `keys`."""
@@ -137,7 +136,7 @@ class BaselineScheduler:
         return bool(self._entries or self._forget or self._news)
 
     def add(self, request: Request) -> None:
-        entry = self._entries[request.request_id] = _Entry(request, len(self._entries))
+        entry = self._entries[request.request_id] = _Entry(request)
         self._waiting.append(entry)
         most = min(request.num_prompt_tokens + request.sampling.max_tokens, self._config.max_model_len)
         if request.num_prompt_tokens >= self._config.max_model_len or -(-most // PAGE_TOKENS) > self._config.num_pages:
@@ -202,41 +201,42 @@ class BaselineScheduler:
         preempted = self.num_preemptions
         rows: list[ScheduledTokens] = []
         for entry in list(self._running):
-            if budget == 0 or entry not in self._running:
-                continue
-            row = self._grow(entry, budget)
+            row = self._grow(entry, budget) if budget and _runs(entry) else None
             if row is not None:
                 rows.append(row)
                 budget -= row.num_tokens
-        while budget and self._waiting and self.num_preemptions == preempted:
-            row = self._start(budget, new, now)
-            if row is None:
-                break
-            rows.append(row)
-            budget -= row.num_tokens
+        if self.num_preemptions == preempted:
+            rows += self._start_waiting(budget, new, now)
         return rows
 
     def _pure_step(self, new: list[NewRequest], now: float) -> list[ScheduledTokens]:
         budget = self._step_tokens
+        preempted = self.num_preemptions
         rows: list[ScheduledTokens] = []
+        for entry in [e for e in self._running if e.request.num_uncomputed_tokens > 1]:
+            row = self._grow(entry, budget) if budget and _runs(entry) else None
+            if row is not None:
+                rows.append(row)
+                budget -= row.num_tokens
+        if self.num_preemptions == preempted:
+            rows += self._start_waiting(budget, new, now)
+        if rows:
+            return rows
         for entry in list(self._running):
-            if entry.request.num_uncomputed_tokens > 1 and entry in self._running:
-                row = self._grow(entry, budget)
-                if row is not None:
-                    rows.append(row)
-                    budget -= row.num_tokens
+            row = self._grow(entry, 1) if _runs(entry) else None
+            if row is not None:
+                rows.append(row)
+        return rows
+
+    def _start_waiting(self, budget: int, new: list[NewRequest], now: float) -> list[ScheduledTokens]:
+        """Rows of waiting requests, first come first served, until one does not fit."""
+        rows: list[ScheduledTokens] = []
         while budget and self._waiting:
             row = self._start(budget, new, now)
             if row is None:
                 break
             rows.append(row)
             budget -= row.num_tokens
-        if rows:
-            return rows
-        for entry in list(self._running):
-            row = self._grow(entry, 1) if entry in self._running else None
-            if row is not None:
-                rows.append(row)
         return rows
 
     def _grow(self, entry: _Entry, budget: int) -> ScheduledTokens | None:
@@ -354,6 +354,11 @@ def page_keys(token_ids: np.ndarray, known: list[int]) -> list[int]:
     for i in range(len(keys), len(token_ids) // PAGE_TOKENS):
         keys.append(hash((keys[-1] if keys else 0, raw[i * size : (i + 1) * size])))
     return keys
+
+
+def _runs(entry: _Entry) -> bool:
+    """False for one that was preempted earlier in the same step."""
+    return entry.request.status is RequestStatus.RUNNING
 
 
 def _rows(request: Request, end: int) -> ScheduledTokens:

@@ -1,6 +1,7 @@
 """The machine of a simulation: seconds of a step by roofline arithmetic, the sum of each component at its own bound.
 
 This is what a simulated device "does"; the scheduler never reads it and learns its own cost model from the durations.
+`FittedMachine` stands in for a real machine with the coefficients that were learnt there.
 Formulas: architecture 5 (FLOPs and bytes) and performance 4 (roofline of Flash on one H200, which a test reproduces).
 
     linear layers    max(2 * parameters * rows / rate, bytes / bandwidth); weights are read once for each step
@@ -13,6 +14,7 @@ Formulas: architecture 5 (FLOPs and bytes) and performance 4 (roofline of Flash 
 from dataclasses import dataclass, field, replace
 
 from engine.config import EngineConfig, MachineFacts, ResolvedConfig, resolve
+from engine.cost_model import CostModel, StepFeatures
 from engine.plan import StepPlan
 from model.config import ModelConfig
 from model.kv_layout import KVLayout
@@ -26,7 +28,7 @@ _ENOUGH_CORES = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """Attainable rates of a card (not those of its data sheet), of which kernels reach a share `efficiency`."""
+    """Attainable rates of a card (a copy, a large product; not those of its data sheet)."""
 
     name: str
     bf16_flops: float
@@ -36,8 +38,8 @@ class Gpu:
     link_bandwidth: float = 50e9
     """Bytes per second between device and host, each way."""
     efficiency: float = 0.75
-    """1: the roofline itself. At 0.75 an H200 computes a cold prompt of 1M tokens of Flash in about 100 s, which is an
-    effective rate of 880 TFLOP/s (kv-and-scheduling 7.3)."""
+    """Share of the arithmetic rates that a model's kernels reach; 1: the roofline itself. At 0.75 an H200 computes a
+    cold prompt of 1M tokens of Flash in about 100 s: 880 TFLOP/s effective, the rate of kv-and-scheduling 7.3."""
     step_seconds: float = 1e-3
     """Of every step: plan, inputs, sampler, results."""
     launch_seconds: float = 35e-6
@@ -52,7 +54,7 @@ GPUS = {
 
 
 def gpu(name: str, *, efficiency: float | None = None) -> Gpu:
-    """A card by name; `efficiency` replaces the usual share of its rates.
+    """A card by name; `efficiency` replaces the usual share of its arithmetic rates.
 
     Raises:
         ValueError: the name is not in `GPUS`, or the efficiency is not above 0.
@@ -112,7 +114,7 @@ class Machine:
         self.layout = layout
         self.card = card
         self._bf16_flops, self._fp8_flops = card.bf16_flops * card.efficiency, card.fp8_flops * card.efficiency
-        self._bandwidth = card.bandwidth * card.efficiency
+        self._bandwidth = card.bandwidth
         self._num_layers = m.num_hidden_layers
         self._num_csa, self._num_hca = len(m.layers_of("csa")), len(m.layers_of("hca"))
         heads = m.num_attention_heads * m.head_dim
@@ -150,15 +152,18 @@ class Machine:
     def step_seconds(self, work: StepWork) -> float:
         """Seconds of a step. Loads come before its rows; spills and snapshots run beside them."""
         card = self.card
-        num_rows = len(work.decode_contexts) + sum(rows for _, rows in work.chunks)
         seconds = work.bytes_copied / self._bandwidth
-        if num_rows:
-            seconds += card.step_seconds + self.dense_seconds(num_rows, work.num_sampled)
-            seconds += sum(self.decode_attention_seconds(context) for context in work.decode_contexts)
-            seconds += sum(self.attention_seconds(start + (rows + 1) / 2, rows) for start, rows in work.chunks)
-            if work.chunks:
-                seconds += card.launch_seconds * self._num_layers
+        if work.decode_contexts or work.chunks:
+            seconds += self.rows_seconds(work)
         return max(seconds, work.bytes_out / card.link_bandwidth) + work.bytes_in / card.link_bandwidth
+
+    def rows_seconds(self, work: StepWork) -> float:
+        """Seconds of a step's rows, without what is moved."""
+        num_rows = len(work.decode_contexts) + sum(rows for _, rows in work.chunks)
+        seconds = self.card.step_seconds + self.dense_seconds(num_rows, work.num_sampled)
+        seconds += sum(self.decode_attention_seconds(context) for context in work.decode_contexts)
+        seconds += sum(self.attention_seconds(start + (rows + 1) / 2, rows) for start, rows in work.chunks)
+        return seconds + self.card.launch_seconds * self._num_layers if work.chunks else seconds
 
     def dense_seconds(self, num_rows: int, num_sampled: int) -> float:
         """All that does not depend on context: every linear layer, the experts and the streams."""
@@ -223,3 +228,19 @@ class Machine:
         """Attention of one layer; `num_reads` times the entries are read."""
         flops = 4 * self.model.num_attention_heads * self.model.head_dim * entries * num_rows
         return max(flops / self._bf16_flops, num_reads * entries * self._row_bytes / self._bandwidth)
+
+
+class FittedMachine(Machine):
+    """A machine whose rows take what a cost model says that was fitted on a real one; `card` gives the link."""
+
+    def __init__(self, model: ModelConfig, layout: KVLayout, card: Gpu, cost: CostModel) -> None:
+        super().__init__(model, layout, card)
+        self._cost = cost
+
+    def rows_seconds(self, work: StepWork) -> float:
+        features = StepFeatures()
+        for context in work.decode_contexts:
+            features.add_decode(context)
+        for start, rows in work.chunks:
+            features.add_prefill(start, rows)
+        return self._cost.predict(features)

@@ -1,5 +1,6 @@
 """The cost model against machines with known answers and against a roofline with kinks."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 
@@ -202,6 +203,24 @@ def test_impossible_measurements_are_ignored() -> None:
     assert model.coefficients() == before and model.num_observations == 0
     assert model.predict(StepFeatures()) == 0.0
     assert model.prefill_seconds(5, 5) == 0.0 and model.replay_seconds(0) == 0.0
+
+
+def test_a_fit_can_be_told_and_taken_up() -> None:
+    model, other = CostModel(FLASH, PRIOR), CostModel(FLASH, cost_prior(FLASH, "cuda"))
+    for features, _ in steps(21, 100):
+        model.observe(features, linear_seconds(features))
+    told = json.loads(json.dumps(model.coefficients()))
+    other.set_coefficients(told)
+    for features, _ in steps(22, 50):
+        assert other.predict(features) == pytest.approx(model.predict(features), rel=1e-9)
+    features = next(steps(23, 1))[0]
+    before = other.predict(features)
+    other.observe(features, before)
+    assert other.predict(features) == pytest.approx(before, rel=1e-6)
+    with pytest.raises(ValueError, match="expected step, request"):
+        other.set_coefficients({"step": 1.0})
+    with pytest.raises(ValueError, match="at least 0"):
+        other.set_coefficients({**told, "mixed": -1.0})
 
 
 def test_features_of_a_plan() -> None:

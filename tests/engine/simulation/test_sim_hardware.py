@@ -2,8 +2,9 @@
 
 import pytest
 
+from engine.cost_model import CostModel, StepFeatures, cost_prior
 from engine.plan import PageCopy, ScheduledTokens, StepPlan
-from engine.simulation.hardware import GPUS, Machine, StepWork, gpu, simulated_config
+from engine.simulation.hardware import GPUS, FittedMachine, Machine, StepWork, gpu, simulated_config
 from model.config import ModelConfig
 from model.presets import preset
 
@@ -66,7 +67,10 @@ def test_cards_are_ordered_and_efficiency_scales() -> None:
     assert times["h100"] > times["h200"] > times["b200"]
     decode = {name: step_ms(machine(FLASH, name), 8, 10_000) for name in GPUS}
     assert decode["h200"] / decode["h100"] == pytest.approx(3.0 / 4.3, rel=0.01)
-    assert step_ms(machine(FLASH, efficiency=0.5), 8, 10_000) == pytest.approx(2 * decode["h200"])
+    # Decode reads weights, prompts multiply: only the latter depend on the arithmetic rates.
+    slow = machine(FLASH, efficiency=0.5)
+    assert step_ms(slow, 8, 10_000) == pytest.approx(decode["h200"], rel=0.02)
+    assert slow.prefill_seconds(0, 50_000) == pytest.approx(2 * times["h200"], rel=0.1)
     with pytest.raises(ValueError, match="h100, h200, b200"):
         gpu("abacus")
     with pytest.raises(ValueError, match="efficiency"):
@@ -119,3 +123,15 @@ def test_the_configuration_holds_the_bytes_it_was_given() -> None:
     used = config.num_pages * layout.bytes_per_page + 64 * layout.bytes_per_slot
     assert (80 << 30) - layout.bytes_per_page < used <= 80 << 30
     assert config.max_model_len == 1 << 20 and config.row_format == "fp8" and config.index_format == "fp8"
+
+
+def test_a_fitted_machine_takes_what_its_cost_model_says() -> None:
+    layout = simulated_config(FLASH, kv_bytes=80 << 30).layout(FLASH)
+    cost = CostModel(FLASH, cost_prior(FLASH, "cuda"))
+    fitted = FittedMachine(FLASH, layout, gpu("h200"), cost)
+    features = StepFeatures()
+    features.add_decode(500)
+    features.add_prefill(100, 256)
+    work = StepWork(decode_contexts=[500], chunks=[(100, 256)], num_sampled=1, bytes_in=10**9)
+    assert fitted.step_seconds(work) == pytest.approx(cost.predict(features) + 10**9 / fitted.card.link_bandwidth)
+    assert fitted.prefill_seconds(0, 4096, 2048) == pytest.approx(cost.prefill_seconds(0, 4096))
