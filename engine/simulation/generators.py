@@ -19,6 +19,7 @@ def chat_and_long(
     chat_rate: float = 1.6,
     chat_tokens: int = 5000,
     chat_answer: int = 300,
+    context_tokens: int = 0,
     long_every: float = 300.0,
     long_tokens: int = 1_000_000,
     long_answer: int = 500,
@@ -27,13 +28,17 @@ def chat_and_long(
 ) -> Trace:
     """Agent-like short requests with `chat_tokens` uncached tokens on average, and a cold long prompt now and then.
 
-    The first long prompt comes after half of `long_every`.
+    With `context_tokens` the short requests of a key begin with that many common tokens, which a cache can skip. The
+    first long prompt comes after half of `long_every`.
     """
     rng = np.random.default_rng(seed)
-    requests = [
-        _single(f"chat{i}", "chat", at, _length(rng, chat_tokens), _length(rng, chat_answer), seed, i % num_keys)
-        for i, at in enumerate(_arrivals(rng, chat_rate, seconds))
-    ]
+    requests: list[SimRequest] = []
+    for i, at in enumerate(_arrivals(rng, chat_rate, seconds)):
+        chat = _single(f"chat{i}", "chat", at, _length(rng, chat_tokens), _length(rng, chat_answer), seed, i % num_keys)
+        if context_tokens:
+            common = Text([seed_of(seed, "context", i % num_keys)], [context_tokens])
+            chat = replace(chat, prompt=common + chat.prompt)
+        requests.append(chat)
     requests += [
         _single(f"long{i}", "long", float(at), long_tokens, long_answer, seed, num_keys)
         for i, at in enumerate(np.arange(long_every / 2, seconds, long_every))
@@ -44,7 +49,7 @@ def chat_and_long(
 def agent_sessions(
     *,
     seconds: float,
-    session_rate: float = 0.02,
+    session_rate: float = 0.08,
     turns: int = 20,
     system_tokens: int = 12_000,
     first_tokens: int = 20_000,

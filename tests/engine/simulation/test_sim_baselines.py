@@ -69,7 +69,7 @@ def test_prefill_first_stops_those_that_decode() -> None:
 
 @pytest.mark.parametrize("policy", BASELINES)
 def test_shared_prefixes_are_hits_for_the_baselines_too(policy: Any) -> None:
-    run, _ = run_baseline(policy, agent_sessions(seconds=150, turns=5), checked=True)
+    run, _ = run_baseline(policy, agent_sessions(seconds=60, turns=5), checked=True)
     total = summarize(run, Machine(FLASH, config_of().layout(FLASH), gpu("h200")), policy=policy).total
     assert total.num_answered == total.num_requests == len(run.records)
     # Whole pages only, and a turn's last page is not full.

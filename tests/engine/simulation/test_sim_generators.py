@@ -48,11 +48,13 @@ def test_chat_and_long() -> None:
     assert [r.arrival for r in longs] == [150.0 + 300.0 * i for i in range(12)]
     assert all(r.prompt.num_tokens == 1_000_000 for r in longs)
     assert hit_rate_bound(trace) == 0.0
+    hits = reusable_tokens(chat_and_long(seconds=60.0, context_tokens=50_000, num_keys=4))
+    assert [hits[f"chat{i}"] for i in range(8)] == [0] * 4 + [50_000] * 4
 
 
 def test_agents_reuse_most_of_what_they_send() -> None:
     """Kv-and-scheduling 1.3: agents reuse some 95 % of their input."""
-    trace = agent_sessions(seconds=3000.0)
+    trace = agent_sessions(seconds=800.0)
     assert 0.9 < hit_rate_bound(trace) < 0.99
     hits = reusable_tokens(trace)
     by_id = {r.request_id: r for r in trace.requests}
