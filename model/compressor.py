@@ -32,13 +32,14 @@ class Compressor(CheckpointModule):
         self.wkv = Linear(build, hidden, width, quantized=False, dtype=torch.float32)
         self.wgate = Linear(build, hidden, width, quantized=False, dtype=torch.float32)
 
-    def forward(self, x_TD: Tensor, plan: CompressPlan, accumulators: Tensor, store: RowStore) -> None:
+    def forward(self, x_TD: Tensor, plan: CompressPlan, accumulators: Tensor, store: RowStore | None) -> None:
+        """Without a store the accumulators advance and the entries are dropped: pages hold them already."""
         build, config = self.build, self.build.config
         values = build.ops.linear_fp32(x_TD, self.wkv.weight)
         scores = build.ops.linear_fp32(x_TD, self.wgate.weight)
         scores += self.ape.index_select(0, plan.phase_T)
         entries = build.ops.compress(values, scores, plan, accumulators, overlap=self.overlap)
-        if entries.shape[0] == 0:
+        if store is None or entries.shape[0] == 0:
             return
         rows = build.ops.rotate(self.norm(entries.to(build.dtype)), plan.emit_rotation)
         if build.numerics == "official":
