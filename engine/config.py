@@ -22,12 +22,17 @@ class EngineConfig:
 
     model_dir: str
     device: Device = "auto"
+    """Where the model runs; auto takes a GPU when there is one."""
     dtype: DType = "auto"
+    """Arithmetic of activations; auto is bfloat16 where that is fast and the model is not tiny, else float32."""
     numerics: Numerics = "plain"
+    """official: the reference's rounding of activations, KV rows and index keys to FP8 and FP4."""
     kv_cache_dtype: KVCacheDType = "auto"
+    """Storage of KV rows; auto is that of the arithmetic, and fp8 in official numerics."""
     deterministic: bool = False
     """Fixed-shape, fixed-order arithmetic: a request's tokens do not depend on its neighbours or on chunking."""
     max_model_len: int | None = None
+    """Most tokens of prompt and answer together; None: what the model and the memory allow."""
     max_num_seqs: int | None = None
     """Requests that run at once: the number of slots."""
     max_num_batched_tokens: int | None = None
@@ -35,6 +40,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     """Budget for pages and slots; None: a share of the memory that is free when the weights are loaded."""
     gpu_memory_utilization: float = 0.9
+    """Share of the GPU's memory that weights, pages, slots and workspace may take together."""
     num_threads: int | None = None
     """CPU threads of the engine; None: all cores but none more than there are."""
     simulate: bool = False

@@ -104,7 +104,9 @@ async def start_engine(
         log_level=log_level,
     )
     # The working directory makes the packages importable where Fathom is not installed.
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=_ROOT)  # noqa: S603, ASYNC220
+    # Threads that spin while they wait for work make each other late wherever cores are shared. The user's word wins.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=_ROOT, env=environment)  # noqa: S603, ASYNC220
     handle = EngineHandle(client=client, process=process, directory=directory, exited=asyncio.Event())
     _watch(handle, asyncio.get_running_loop())
     try:
@@ -123,9 +125,11 @@ def main(make_executor: Callable[[EngineConfig], Executor] | None = None) -> int
     """Life of an engine process; the exit code is 0 only after a Shutdown."""
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=LaunchConfig)
     logging.raiseExceptions = False
-    logging.basicConfig(
-        level=launch.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s engine[%(process)d] %(message)s"
-    )
+    formatter = logging.Formatter("%(asctime)s %(levelname)s engine[%(process)d] %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+    formatter.converter = time.gmtime
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=launch.log_level, handlers=[handler])
     _follow_parent()
     context = zmq.Context()
     output = context.socket(zmq.PUSH)

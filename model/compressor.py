@@ -1,15 +1,17 @@
 """Compressors: every 4 tokens (with overlap) or 128 tokens become one entry row (architecture, 2.4)."""
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.build import Build, CheckpointModule
 from model.kv_cache import RowStore
 from model.kv_layout import FP8_BLOCK
-from model.linear import Linear
 from model.norm import RMSNorm
 from model.ops.reference import quant
 from model.step import CompressPlan
+from model.tensors import CheckpointTensor
 
 
 class Compressor(CheckpointModule):
@@ -27,17 +29,22 @@ class Compressor(CheckpointModule):
         self.index_keys = index_keys
         self.ape = self.declare("ape", (ratio, width), "F32", torch.float32)
         self.norm = RMSNorm(build, channels)
-        hidden = build.config.hidden_size
-        # fp32 copies: values and scores are computed in fp32.
-        self.wkv = Linear(build, hidden, width, quantized=False, dtype=torch.float32)
-        self.wgate = Linear(build, hidden, width, quantized=False, dtype=torch.float32)
+        # wkv over wgate: one product gives values and scores. fp32, because both are computed in fp32.
+        shape = (2, width, build.config.hidden_size)
+        self.wkv_gate = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=build.device), requires_grad=False)
+
+    def own_tensors(self, prefix: str) -> Iterator[CheckpointTensor]:
+        yield from super().own_tensors(prefix)
+        for name, part in zip(("wkv.weight", "wgate.weight"), self.wkv_gate.unbind(0), strict=True):
+            yield CheckpointTensor(
+                name=prefix + name, dtype=self.build.float_code, shape=tuple(part.shape), destination=part
+            )
 
     def forward(self, x_TD: Tensor, plan: CompressPlan, accumulators: Tensor, store: RowStore | None) -> None:
         """Without a store the accumulators advance and the entries are dropped: pages hold them already."""
         build, config = self.build, self.build.config
-        values = build.ops.linear_fp32(x_TD, self.wkv.weight)
-        scores = build.ops.linear_fp32(x_TD, self.wgate.weight)
-        scores += self.ape.index_select(0, plan.phase_T)
+        values, scores = build.ops.linear_fp32(x_TD, self.wkv_gate.flatten(0, 1)).chunk(2, dim=1)
+        scores = scores + self.ape.index_select(0, plan.phase_T)
         entries = build.ops.compress(values, scores, plan, accumulators, overlap=self.overlap)
         if store is None or entries.shape[0] == 0:
             return

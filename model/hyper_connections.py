@@ -12,8 +12,14 @@ Mix = tuple[Tensor, Tensor, Tensor]
 class HyperSites(CheckpointModule):
     """A module with hyper-connection sites: parameters `hc_<site>_{fn,base,scale}`, fp32."""
 
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        self._sites: list[str] = []
+        self._scales: dict[str, Tensor] = {}
+
     def declare_site(self, site: str, outputs: int, scales: int) -> None:
         c = self.build.config
+        self._sites.append(site)
         for name, shape in (("fn", (outputs, c.hc_mult * c.hidden_size)), ("base", (outputs,)), ("scale", (scales,))):
             parameter = self.declare(f"hc_{site}_{name}", shape, "F32", torch.float32)
             self.register_parameter(f"hc_{site}_{name}", parameter)
@@ -26,8 +32,16 @@ class HyperSites(CheckpointModule):
     def declare_head_site(self) -> None:
         self.declare_site("head", self.build.config.hc_mult, 1)
 
+    def expand_scales(self) -> None:
+        """Repeat each site's scales, so that there is one for each output."""
+        m = self.build.config.hc_mult
+        for site in self._sites:
+            scale: Tensor = getattr(self, f"hc_{site}_scale")
+            repeats = [m, m, m * m] if len(scale) == 3 else [m]
+            self._scales[site] = scale.repeat_interleave(torch.tensor(repeats, device=scale.device))
+
     def _site(self, site: str) -> tuple[Tensor, Tensor, Tensor]:
-        return getattr(self, f"hc_{site}_fn"), getattr(self, f"hc_{site}_scale"), getattr(self, f"hc_{site}_base")
+        return getattr(self, f"hc_{site}_fn"), self._scales[site], getattr(self, f"hc_{site}_base")
 
     def hyper_pre(self, site: str, x_TMD: Tensor) -> Mix:
         c = self.build.config

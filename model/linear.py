@@ -56,6 +56,7 @@ class Linear(CheckpointModule):
         return self.weight
 
     def finish_loading(self) -> None:
+        """Keep a second copy of a plain matrix in the form that the op table's `linear` reads fastest."""
         pack = self.build.ops.pack_weight
         if pack is not None and not self.quantized and self.weight.dtype == self.build.dtype:
             self._packed = pack(self.weight)

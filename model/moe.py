@@ -137,7 +137,8 @@ class SharedExpert(CheckpointModule):
         self.w3 = Linear(build, c.hidden_size, inner, field="moe_intermediate_size", shard_dim=0)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w1(x_TD), self.w3(x_TD), self.build.config.swiglu_limit))
+        out: Tensor = self.w2(swiglu(self.w1(x_TD), self.w3(x_TD), self.build.config.swiglu_limit))
+        return out
 
 
 class MoE(CheckpointModule):

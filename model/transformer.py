@@ -89,11 +89,14 @@ class Transformer(HyperSites):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.finish_loading()
+            elif isinstance(module, HyperSites):
+                module.expand_scales()
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Final hidden state [L, D] of the rows `batch.logits_index_L`, in the model's dtype; writes `cache`."""
         streams_TMD = self.streams(batch, cache)
-        return self.norm(self.hyper_head(streams_TMD.index_select(0, batch.logits_index_L)))
+        hidden_LD: Tensor = self.norm(self.hyper_head(streams_TMD.index_select(0, batch.logits_index_L)))
+        return hidden_LD
 
     def streams(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Residual streams [T, M, D] after the last layer, before hc_head."""
@@ -119,4 +122,5 @@ class Transformer(HyperSites):
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """fp32 [L, V] of hidden states that `forward` returned."""
-        return self.head(hidden_LD)
+        logits_LV: Tensor = self.head(hidden_LD)
+        return logits_LV

@@ -18,7 +18,7 @@ C = TypeVar("C")
 
 def add_flags(parser: argparse.ArgumentParser, config: type[Any], *, skip: frozenset[str] = frozenset()) -> None:
     """One `--flag` for each field of the dataclass `config` that is not in `skip`."""
-    group = parser.add_argument_group(config.__name__)
+    group = parser.add_argument_group(config.__name__.removesuffix("Config").lower())
     hints = typing.get_type_hints(config)
     docs = field_docs(config)
     for field in dataclasses.fields(config):

@@ -12,6 +12,8 @@ MOST_HEADER_BYTES = 64 * 1024
 DEEPEST_JSON = 64
 MOST_CONTAINERS = 200_000
 """Arrays and objects in one body: each costs the server some hundred bytes."""
+MOST_MEMBERS = 500_000
+"""Members of objects, counted by `":` so that JSON quoted inside a prompt counts too: no context holds that many."""
 MOST_INTEGER = 2**63 - 1
 
 MOST_PROMPTS = 128
@@ -34,7 +36,7 @@ def read_json(body: bytes) -> Any:
     Raises:
         ApiError: 400 with a message that names the trouble.
     """
-    _check_depth(body)
+    _check_structure(body)
     try:
         return msgspec.json.decode(body)
     except RecursionError:
@@ -52,7 +54,9 @@ def read_object(body: bytes) -> dict[str, Any]:
     return {key: member for key, member in value.items() if member is not None}
 
 
-def _check_depth(body: bytes) -> None:
+def _check_structure(body: bytes) -> None:
+    if body.count(b'":') > MOST_MEMBERS:
+        raise bad_request(f"The JSON body has more than {MOST_MEMBERS} members.")
     if body.count(b"[") + body.count(b"{") <= DEEPEST_JSON:
         return
     depth = containers = 0

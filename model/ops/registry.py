@@ -46,7 +46,7 @@ class HyperPreOp(Protocol):
     def __call__(
         self, x_TMD: Tensor, fn: Tensor, scale: Tensor, base: Tensor, *, iters: int, eps: float, norm_eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Collapse the streams: (a_TD like x, post_TM fp32, comb_TMM fp32)."""
+        """Collapse the streams: (a_TD like x, post_TM fp32, comb_TMM fp32). `scale` holds one value for each output."""
         ...
 
 
@@ -129,5 +129,5 @@ class OpTable:
     index: IndexOp
     attention: AttentionOp
     experts: ExpertsOp
-    pack_weight: Callable[[Tensor], Tensor] | None = None
+    pack_weight: Callable[[Tensor], Tensor | None] | None = None
     """Once after loading: a matrix [O, I] in the form that this table's `linear` reads fastest. None: as it is."""

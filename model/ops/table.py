@@ -5,8 +5,11 @@ from functools import partial
 
 from model.ops.cpu import attention as fast_attention
 from model.ops.cpu import compress as fast_compress
+from model.ops.cpu import hyper as fast_hyper
 from model.ops.cpu import index as fast_index
+from model.ops.cpu import linear as fast_linear
 from model.ops.cpu import moe as fast_moe
+from model.ops.cpu import norm as fast_norm
 from model.ops.reference import attention, compress, hyper, index, linear, moe, norm, rope
 from model.ops.registry import OpTable
 
@@ -18,15 +21,28 @@ def resolve_ops(device: str, *, deterministic: bool = False) -> OpTable:
     and whole prompts, and single and batched requests, agree exactly.
     """
     table = _reference(tiled=deterministic)
-    return table if deterministic else replace(table, **_FAST)
-
-
-_FAST = {
-    "attention": fast_attention.attention,
-    "compress": fast_compress.compress,
-    "experts": fast_moe.experts,
-    "index": fast_index.index,
-}
+    if deterministic:
+        return table
+    fast = replace(
+        table,
+        attention=fast_attention.attention,
+        compress=fast_compress.compress,
+        experts=fast_moe.experts,
+        index=fast_index.index,
+    )
+    if device != "cpu":
+        return fast
+    # Tiles made for caches, and oneDNN's packed weights.
+    return replace(
+        fast,
+        hyper_head=fast_hyper.hyper_head,
+        hyper_post=fast_hyper.hyper_post,
+        hyper_pre=fast_hyper.hyper_pre,
+        linear=fast_linear.linear,
+        linear_fp32=fast_linear.linear_fp32,
+        pack_weight=fast_linear.pack_weight,
+        rms_norm=fast_norm.rms_norm,
+    )
 
 
 def _reference(*, tiled: bool) -> OpTable:

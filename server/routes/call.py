@@ -1,7 +1,7 @@
 """What the routes do first: find the state, read a body, settle how many tokens may be generated."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -17,6 +17,8 @@ T = TypeVar("T")
 LARGE_BYTES = 64 * 1024
 """Work on more text than this leaves the event loop, so that other streams go on."""
 _BYTES_PER_TOKEN = 4
+_SLICE_CHARS = 2**18
+_CUT_TOKENS = 64
 
 
 def state_of(request: Request) -> ServerState:
@@ -43,6 +45,28 @@ async def off_loop(num_bytes: int, work: Callable[[], T]) -> T:
 def estimated_tokens(num_bytes: int) -> int:
     """What a body probably holds, for the queue's bounds before anything is tokenised."""
     return num_bytes // _BYTES_PER_TOKEN + 1
+
+
+def check_text_length(serving: Serving, texts: Iterable[str], *, special: bool, param: str) -> None:
+    """Refuse text that is far too long before it is tokenised as a whole, which takes some 400 bytes for each token.
+
+    A text of no more characters than the context has tokens passes unseen; a longer one is counted slice by slice.
+
+    Raises:
+        ApiError: 400 context_length_exceeded.
+    """
+    texts = list(texts)
+    limit = serving.max_request_tokens
+    if sum(map(len, texts)) <= limit:
+        return
+    least = 0
+    for text in texts:
+        for start in range(0, len(text), _SLICE_CHARS):
+            # A cut can split tokens, so a slice may count a few more than the whole would.
+            count = len(serving.tokenizer.encode(text[start : start + _SLICE_CHARS], special=special))
+            least += max(0, count - _CUT_TOKENS)
+            if least > limit:
+                raise context_exceeded(limit, least, 1, param=param)
 
 
 def completion_budget(

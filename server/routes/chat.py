@@ -1,7 +1,7 @@
 """POST /v1/chat/completions."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import ExitStack, aclosing
 from typing import Any
 
@@ -22,12 +22,12 @@ from server.protocol.chat import (
     chat_logprobs,
 )
 from server.protocol.common import ThinkingFields, usage_counts
-from server.routes.call import completion_budget, estimated_tokens, off_loop, read_body, state_of
+from server.routes.call import check_text_length, completion_budget, estimated_tokens, off_loop, read_body, state_of
 from server.routes.generate import Job, answer_id, run
 from server.routes.stream import EventStream, until_disconnect
+from server.state import Serving
 from server.text.effort import PromptError, resolve_thinking
 from server.text.prompt import Prompt, render_chat
-from server.text.tokenizer import Tokenizer
 
 router = APIRouter()
 
@@ -43,7 +43,7 @@ async def chat_completions(request: Request) -> Response:
     state.check_model(body.model)
     with ExitStack() as stack:
         ticket = stack.enter_context(state.admission.enter(context.key_id, estimated_tokens(num_bytes)))
-        prompt, tier = await off_loop(num_bytes, lambda: render(serving.tokenizer, body, body.messages))
+        prompt, tier = await off_loop(num_bytes, lambda: render(serving, body, body.messages))
         ticket.count(len(prompt.token_ids))
         requested, limit_param = body.requested_tokens
         max_tokens = completion_budget(
@@ -72,15 +72,26 @@ async def chat_completions(request: Request) -> Response:
         return Response(answer, media_type="application/json")
 
 
-def render(tokenizer: Tokenizer, body: ThinkingFields, messages: list[dict[str, Any]]) -> tuple[Prompt, str | None]:
+def render(serving: Serving, body: ThinkingFields, messages: list[dict[str, Any]]) -> tuple[Prompt, str | None]:
     """The prompt of a conversation and the tier of its effort. Raises ApiError 400 with `param`."""
+    check_text_length(serving, _contents(messages), special=False, param="messages")
     try:
         thinking, tier = resolve_thinking(body.thinking, body.reasoning_effort, body.chat_template_kwargs)
-        return render_chat(tokenizer, messages, thinking=thinking, reasoning_effort=tier), tier
+        return render_chat(serving.tokenizer, messages, thinking=thinking, reasoning_effort=tier), tier
     except PromptError as error:
         # No tools are passed on, so what the encoder blames on them stood in a message.
         param = "messages" if error.param.startswith("tool") else error.param
         raise bad_request(echo(str(error)), param=param) from None
+
+
+def _contents(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """Texts of the messages that are always rendered; shapes are checked later."""
+    for message in messages:
+        content = message.get("content")
+        for part in content if isinstance(content, list) else [{"text": content}]:
+            text = part.get("text") if isinstance(part, dict) else None
+            if isinstance(text, str):
+                yield text
 
 
 def default_tokens(tier: str | None, *, thinking: bool) -> int:

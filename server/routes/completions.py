@@ -23,7 +23,7 @@ from server.protocol.completions import (
     completion_choice,
     completion_logprobs,
 )
-from server.routes.call import completion_budget, estimated_tokens, off_loop, read_body, state_of
+from server.routes.call import check_text_length, completion_budget, estimated_tokens, off_loop, read_body, state_of
 from server.routes.generate import Job, answer_id, merge, run, total_usage
 from server.routes.stream import EventStream, until_disconnect
 from server.state import Serving
@@ -69,6 +69,7 @@ def _encode_all(serving: Serving, prompts: tuple[TextOrIds, ...]) -> list[np.nda
     for n, prompt in enumerate(prompts):
         param = f"prompt[{n}]" if len(prompts) > 1 else "prompt"
         if isinstance(prompt, str):
+            check_text_length(serving, [prompt], special=True, param=param)
             # A raw prompt is the caller's own template, so its special tokens are meant.
             ids = serving.tokenizer.encode(prompt, special=True)
         else:

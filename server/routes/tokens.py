@@ -10,8 +10,9 @@ from server.middleware import context_of
 from server.protocol import sse
 from server.protocol.common import check_token_ids
 from server.protocol.tokens import DetokenizeBody, TokenizeBody
-from server.routes.call import estimated_tokens, read_body, state_of
+from server.routes.call import check_text_length, estimated_tokens, read_body, state_of
 from server.routes.chat import render
+from server.state import Serving
 
 router = APIRouter()
 
@@ -28,13 +29,18 @@ async def tokenize(request: Request) -> Response:
         raise bad_request("Give either `prompt` or `messages`.", param="prompt")
     with state.admission.enter(context_of(request.scope).key_id, estimated_tokens(num_bytes)):
         if prompt is not None:
-            ids = await asyncio.to_thread(serving.tokenizer.encode, prompt, special=True)
+            ids = await asyncio.to_thread(_encode, serving, prompt)
         else:
-            rendered, _ = await asyncio.to_thread(render, serving.tokenizer, body, messages or [])
+            rendered, _ = await asyncio.to_thread(render, serving, body, messages or [])
             ids = rendered.token_ids.tolist()
     texts = [serving.tokenizer.decode([n]) for n in ids] if body.return_token_strs else None
     answer = {"count": len(ids), "max_model_len": serving.info.max_model_len, "tokens": ids, "token_strs": texts}
     return Response(sse.json_bytes(answer), media_type="application/json")
+
+
+def _encode(serving: Serving, prompt: str) -> list[int]:
+    check_text_length(serving, [prompt], special=True, param="prompt")
+    return serving.tokenizer.encode(prompt, special=True)
 
 
 @router.post("/detokenize")

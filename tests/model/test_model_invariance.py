@@ -117,3 +117,34 @@ def test_both_modes_agree(tools: Any) -> None:
     tokens = tools.random_tokens(config, 200, seed=9)
     rows = [tools.Driver(tools.random_model(config, deterministic=d)).prompt(tokens)[1] for d in (True, False)]
     torch.testing.assert_close(rows[0], rows[1], rtol=0, atol=1e-5 * float(rows[0].abs().max()))
+
+
+def test_small_workspaces_change_nothing(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast ops in many small tiles and blocks: what a long context makes of them."""
+    from model.ops.cpu import attention, hyper, index, norm
+
+    model = tools.random_model(tools.nano_config(), seed=23)
+    tokens = tools.random_tokens(model.config, 420, seed=24)
+    others = [tools.random_tokens(model.config, n, seed=n) for n in (300, 90)]
+
+    def run() -> torch.Tensor:
+        driver = tools.Driver(model)
+        sequence, logits = driver.prompt(tokens[:400], chunk=170)
+        neighbours = [driver.prompt(other)[0] for other in others]
+        rows = [logits]
+        for token in tokens[400:]:
+            rows.append(driver.step([(sequence, [token]), *((n, [token]) for n in neighbours)])[:1])
+        return torch.cat(rows)
+
+    expected = run()
+    for module, name, value in (
+        (attention, "WORKSPACE_ROWS", 400),
+        (attention, "SCORES", 1000),
+        (index, "ENTRY_BLOCK", 24),
+        (index, "SCORES", 1000),
+        (index, "KEYS", 30),
+        (hyper, "_TILE_ELEMENTS", 1000),
+        (norm, "_TILE_ELEMENTS", 500),
+    ):
+        monkeypatch.setattr(module, name, value)
+    torch.testing.assert_close(run(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))

@@ -243,6 +243,20 @@ def test_context_length(serving: Any) -> None:
             for fields, param in (({}, "messages"), ({"max_tokens": 9}, "messages")):
                 error = check_error(await server.chat("x" * 600, **fields, **off), 400)
                 assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+            # Far too long: refused without tokenising all of it.
+            parts = [{"type": "text", "text": "é" * 100_000}, {"type": "text", "text": "b" * 900_000}]
+            for sent in (
+                server.chat(parts),
+                server.complete("é" * 600_000),
+                server.post("/tokenize", {"prompt": "z" * 10**6}),
+            ):
+                error = check_error(await sent, 400)
+                assert error["code"] == "context_length_exceeded"
+                assert "maximum context length is 512 tokens" in error["message"]
+            # Long in characters, short in tokens.
+            special = "<｜User｜>" * 300
+            assert len(special) > 512
+            assert (await server.complete(special)).status_code == 200
             for field in ("max_tokens", "max_completion_tokens"):
                 error = check_error(await server.chat("x" * 400, **{field: 500}, **off), 400)
                 assert (error["code"], error["param"]) == ("context_length_exceeded", field)

@@ -266,7 +266,7 @@ def test_drain_timeout_and_second_signal(sim_model_dir: Path, start_server: Any)
                 time.sleep(0.1)
             text = long.read()
             assert b"[DONE]" not in text
-            last = text.rstrip(b"\n").split(b"\n\n")[-1]
+            last = text.strip(b"\n").split(b"\n\n")[-1]
             assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "server_draining"
             assert server.wait() == 0
             assert time.monotonic() - before < 5
@@ -324,7 +324,7 @@ def test_a_killed_engine_ends_streams_and_the_server(sim_model_dir: Path, start_
             text = open_stream.read()
         assert time.monotonic() - before < 3
         assert b"[DONE]" not in text
-        last = text.rstrip(b"\n").split(b"\n\n")[-1]
+        last = text.strip(b"\n").split(b"\n\n")[-1]
         assert "error" in json.loads(last.removeprefix(b"data: "))
         asking.join()
         assert whole[0][0] == 500

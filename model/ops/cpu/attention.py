@@ -77,10 +77,8 @@ def _gathered(
             entry = entry_TS[first : first + tile]
             rows = torch.cat([rows, store.read(entry.clamp_min(0))], dim=1)
             index = torch.cat([index, entry], dim=1)
-        absent = index < 0
-        if not bool(absent.any()):
-            absent = None
-        else:
+        absent = index < 0 if bool((index < 0).any()) else None
+        if absent is not None:
             # What stands in for an absent row may be anything, and 0 * NaN is NaN.
             rows = rows.masked_fill_(absent.unsqueeze(2), 0.0)
         outs.append(_softmax_rows(q_THC[first : first + tile], rows, absent, sink_H, scale))

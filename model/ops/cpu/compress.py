@@ -25,7 +25,8 @@ def compress(
     current = _merge(current, values_GKX[..., own], scores_GKX[..., own])
     store_state(current, following, plan, accumulators)
     _, weight_sum, weighted = current.index_select(1, plan.emit_windows)
-    return weighted / weight_sum
+    entries: Tensor = weighted / weight_sum
+    return entries
 
 
 def _of_windows(values_TX: Tensor, scores_TX: Tensor, plan: CompressPlan) -> tuple[Tensor, Tensor]:

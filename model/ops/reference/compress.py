@@ -60,7 +60,8 @@ def compress(
     current = _fold_windows(current, values_TX[:, own], scores_TX[:, own], plan.tokens_GK)
     store_state(current, following, plan, accumulators)
     _, weight_sum, weighted = current.index_select(1, plan.emit_windows)
-    return weighted / weight_sum
+    entries: Tensor = weighted / weight_sum
+    return entries
 
 
 def store_state(current: Tensor, following: Tensor | None, plan: CompressPlan, accumulators: Tensor) -> None:

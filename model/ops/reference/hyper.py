@@ -46,9 +46,9 @@ def hyper_pre(
 ) -> tuple[Tensor, Tensor, Tensor]:
     m = x_TMD.shape[1]
     wide_TMD, mix = _mixes(x_TMD, fn, norm_eps, linear)
-    pre = sigmoid(mix[:, :m] * scale[0] + base[:m]) + eps
-    post = 2 * sigmoid(mix[:, m : 2 * m] * scale[1] + base[m : 2 * m])
-    comb = sinkhorn((mix[:, 2 * m :] * scale[2] + base[2 * m :]).view(-1, m, m), iters, eps)
+    mix = mix * scale + base
+    pre, post = sigmoid(mix[:, :m]) + eps, 2 * sigmoid(mix[:, m : 2 * m])
+    comb = sinkhorn(mix[:, 2 * m :].reshape(-1, m, m), iters, eps)
     return _collapse(wide_TMD, pre).to(x_TMD.dtype), post, comb
 
 
