@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from model.build import Build, CheckpointModule
 from model.linear import FLOAT_DTYPES, Linear
+from model.ops.expert_bank import ExpertBank
 from model.ops.reference import quant
 from model.ops.reference.activation import swiglu
-from model.ops.reference.moe import ExpertBank, hash_route, score_route
+from model.ops.reference.moe import hash_route, score_route
 from model.quant import FP4_WEIGHT_BLOCK, WEIGHT_BLOCK
 from model.tensors import CheckpointTensor
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from model.kv_cache import RowStore
-    from model.ops.reference.moe import ExpertBank
+    from model.ops.expert_bank import ExpertBank
     from model.rope import Rotation
     from model.step import CompressPlan, EntryPlan, Step
 

@@ -11,7 +11,9 @@ from model.kv_cache import KVCache
 from model.kv_layout import KVLayout
 from model.ops.reference.activation import sigmoid
 from model.ops.reference.hyper import sinkhorn
-from model.ops.reference.index import TopK, select
+from model.ops.reference.index import TopK
+from model.ops.reference.moe import score_route
+from model.ops.reference.topk import select
 from model.parallel import ParallelGroup
 from model.presets import preset
 from model.quant import OFFICIAL
@@ -73,6 +75,13 @@ def test_ties_go_to_the_lower_entry_in_any_blocking() -> None:
             top.merge(scores[:, at : at + block], entries[:, at : at + block])
         assert top.entries.tolist() == expected
     assert select(torch.zeros(2, 9), 4).tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_equal_experts_are_chosen_by_number_and_summed_in_order() -> None:
+    logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0, 0.0], [0.0] * 6])
+    ids, weights = score_route(logits, torch.zeros(6), 3, 1.5)
+    assert ids.tolist() == [[0, 1, 3], [0, 1, 2]]
+    torch.testing.assert_close(weights.sum(1), torch.full((2,), 1.5))
 
 
 @pytest.mark.parametrize(("row_format", "index_format"), [("float32", "float32"), ("bfloat16", "fp8"), ("fp8", "fp4")])

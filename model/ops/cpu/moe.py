@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from model.ops.expert_bank import ExpertBank
 from model.ops.reference.activation import swiglu
-from model.ops.reference.moe import ExpertBank, sum_choices
+from model.ops.reference.moe import sum_choices
 
 
 def experts(x_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, bank: ExpertBank, *, weight_first: bool) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.kv_cache import RowStore
+from model.ops.reference.topk import select
 from model.step import EntryPlan, Step
 
 QUERY_TILE = 16
@@ -75,15 +76,3 @@ class TopK:
             chosen = select(scores, self.k)
             entries, scores = entries.gather(1, chosen), scores.gather(1, chosen)
         self.entries, self.scores = entries, scores
-
-
-def select(scores_TN: Tensor, k: int) -> Tensor:
-    """Columns [T, k] of the k highest scores, ascending; of equal scores the lower column. Needs N >= k."""
-    # A NaN equals no threshold; its row, broken as it is, must still choose k columns or it breaks the whole step.
-    scores_TN = scores_TN.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    threshold = scores_TN.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above, level = scores_TN > threshold, scores_TN == threshold
-    room = k - above.sum(1, keepdim=True)
-    kept = above | (level & (level.cumsum(1) <= room))
-    # Every row keeps exactly k columns, so the flat list of kept positions is a rectangle.
-    return kept.nonzero()[:, 1].view(-1, k)

@@ -1,28 +1,12 @@
 """Routing and routed experts (architecture, 2.7)."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from model.ops.expert_bank import ExpertBank
 from model.ops.reference.activation import softplus, swiglu
+from model.ops.reference.topk import select
 from model.ops.registry import LinearOp
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExpertBank:
-    """Experts `start` .. `start + length` of this rank; matrices by local number, in the model's dtype."""
-
-    start: int
-    length: int
-    gate_up: Callable[[int], Tensor]
-    """[2F, D]: w1 over w3."""
-    down: Callable[[int], Tensor]
-    """[D, F]."""
-    round_activations: Callable[[Tensor], Tensor]
-    """Before every matrix, in official numerics."""
-    limit: float
 
 
 def _normalised(scores_TA: Tensor, scaling: float) -> Tensor:
@@ -35,9 +19,12 @@ def _scores(logits_TE: Tensor) -> Tensor:
 
 
 def score_route(logits_TE: Tensor, bias_E: Tensor, count: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Ids [T, A] of the best biased scores, and the unbiased scores normalised over them, times `scaling`."""
+    """Ids [T, A] of the best biased scores, ascending, and the unbiased scores normalised over them, times `scaling`.
+
+    Ties go to the lower id.
+    """
     scores_TE = _scores(logits_TE)
-    ids_TA = (scores_TE + bias_E).topk(count, dim=-1, sorted=False).indices
+    ids_TA = select(scores_TE + bias_E, count)
     return ids_TA, _normalised(scores_TE.gather(1, ids_TA), scaling)
 
 
