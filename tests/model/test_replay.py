@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from model.config import CSA_RATIO, HCA_RATIO, ModelConfig
-from model.kv_layout import PAGE_TOKENS, replay_layers, replay_rows
+from model.kv_cache import KVCache
+from model.kv_layout import PAGE_TOKENS, KVLayout, replay_layers, replay_rows
 from model.presets import preset
 
 LENGTH = 2 * PAGE_TOKENS + 4
@@ -43,7 +44,8 @@ def replay(
     sequence = driver.start()
     ring = driver.layout.window_ring
     for window in driver.cache.windows:
-        window.storage[sequence.slot * ring : (sequence.slot + 1) * ring] = stale
+        rows_of_slot = window.storage[sequence.slot * ring : (sequence.slot + 1) * ring]
+        rows_of_slot.fill_(stale if rows_of_slot.is_floating_point() else 255)
     first = position - (rows or replay_rows(driver.model.config, position))
     for start in range(first, position, most):
         sequence.computed, sequence.pages = start, pages
@@ -135,6 +137,30 @@ def test_a_replayed_request_goes_on_like_the_first(tools: Any, deterministic: bo
     ours = driver.step([(resumed, tokens[805:])])
     tolerance = 0.0 if deterministic else 1e-5 * float(logits.abs().max())
     torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("numerics", ["plain", "official"])
+@pytest.mark.parametrize("draft_rows", [0, 7])
+def test_stored_formats_are_replayed_to_the_bit(tools: Any, numerics: str, draft_rows: int) -> None:
+    """FP8 rows, rounded index keys, bfloat16 arithmetic, and rings that are longer than the window."""
+    net = tools.random_model(tiny_config(tools), seed=11, deterministic=True, dtype=torch.bfloat16, numerics=numerics)
+    tokens = tools.random_tokens(net.config, 420, seed=12)
+    driver = tools.Driver(net)
+    driver.layout = KVLayout(
+        config=net.config,
+        row_format="fp8",
+        index_format="fp4" if numerics == "official" else "fp8",
+        draft_rows=draft_rows,
+    )
+    driver.cache = KVCache(driver.layout, num_pages=4, num_slots=2, device="cpu", dtype=torch.bfloat16)
+    sequence = driver.start()
+    done = 0
+    for position in (130, 259, 301, 384, 402):
+        driver.step([(sequence, tokens[done:position])], every_row=False)
+        done = position
+        expected = snapshot(driver.cache, sequence.slot, position)
+        slot = replay(driver, list(sequence.pages), tokens, position, most=50)
+        assert torch.equal(snapshot(driver.cache, slot, position), expected), position
 
 
 @pytest.mark.parametrize(("name", "rows", "equivalents"), [("flash", 5461, 2667), ("pro", 7747, 3810)])
