@@ -90,8 +90,9 @@ class StepPlan:
 
         finished, new -> page_spills -> page_loads, page_copies, slot_restores -> replays -> scheduled -> slot_snapshots
 
-    So a page may be spilled and given away in one plan, and a snapshot sees the position that its step has reached.
-    Snapshots of a step that failed as a whole are not taken; those of a request in `StepResult.failed` are worthless.
+    So a page may be spilled and given away in one plan, and a snapshot sees the position that its step has reached (one
+    of a request in `StepResult.failed` holds nothing). A slot may be kept in the plan that finishes its request, unless
+    the same plan gives it away.
     """
 
     step_id: int

@@ -148,7 +148,8 @@ class ModelExecutor:
             f"{config.max_num_seqs * layout.bytes_per_slot} bytes; workspace {workspace} bytes "
             f"({counts.allocated_bytes} of them for penalties); host: {config.num_snapshots} snapshots x "
             f"{layout.bytes_per_snapshot} = {runner.snapshots.allocated_bytes} bytes, {config.num_host_pages} pages = "
-            f"{runner.host_pages.allocated_bytes} bytes"
+            f"{runner.host_pages.allocated_bytes} bytes, staged through "
+            f"{runner.snapshots.staging_bytes + runner.host_pages.staging_bytes} bytes of the device"
         )
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ class _Places:
         self.allocated_bytes = num_places * row_bytes
         self.staging = torch.empty(row_bytes, dtype=torch.uint8, device=device) if device.type == "cuda" else None
         """On the device; None on a CPU, where a place is packed directly."""
+        self.staging_bytes = 0 if self.staging is None else row_bytes
         self._block_rows = max(1, _PINNED_BLOCK_BYTES // row_bytes if device.type == "cuda" else num_places)
         counts = [min(self._block_rows, num_places - n) for n in range(0, num_places, self._block_rows)]
         self._blocks = [_host_rows(count, row_bytes, pinned=self.staging is not None) for count in counts]
@@ -59,7 +60,13 @@ class HostPages:
 
     @property
     def allocated_bytes(self) -> int:
+        """Of host memory."""
         return self._places.allocated_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of the device's memory."""
+        return self._places.staging_bytes
 
     def spill(self, page: int, host_page: int) -> None:
         """Copy a page to a host page."""
@@ -81,7 +88,13 @@ class SnapshotArena:
 
     @property
     def allocated_bytes(self) -> int:
+        """Of host memory."""
         return self._places.allocated_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """Of the device's memory."""
+        return self._places.staging_bytes
 
     def save(self, slot: int, position: int, snapshot: int) -> None:
         """Keep a slot whose request has computed exactly `position` tokens."""

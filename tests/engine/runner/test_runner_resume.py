@@ -301,6 +301,21 @@ def test_a_snapshot_is_of_the_position_that_the_step_has_reached(short_lab: Any,
         journey.machine.execute(slot_snapshots=(SlotSnapshot(journey.slot, 300, 40),))
 
 
+def test_a_slot_is_kept_in_the_plan_that_finishes_its_request(short_lab: Any, prompt: list[int], cold: Journey) -> None:
+    """At its turn's end, when nothing else is to be computed; another request goes on from there."""
+    machine = Machine(short_lab)
+    first = Journey(machine, prompt)
+    first.advance(PROMPT)
+    first.advance(1)
+    slot, position = first.leave()
+    machine.execute(slot_snapshots=(SlotSnapshot(slot, position, 5),))
+    machine.stranger(slot, 9)
+    first.arrive(position, first.pages, {"slot_restores": (SlotRestore(first.slot, 5, position),)})
+    while len(first.tokens) < PROMPT + COUNT:
+        first.advance(1)
+    assert first.tokens == cold.tokens and first.logprobs == cold.logprobs
+
+
 def test_a_page_is_spilled_and_reused_in_one_plan(short_lab: Any, prompt: list[int]) -> None:
     """Spills come before loads, copies and rows; places keep their bytes."""
     machine = Machine(short_lab)
