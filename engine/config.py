@@ -39,6 +39,8 @@ class EngineConfig:
     """Most tokens in one step."""
     kv_cache_bytes: int | None = None
     """Budget for pages and slots; None: a share of the memory that is free when the weights are loaded."""
+    host_cache_bytes: int | None = None
+    """Budget in host memory for snapshots and spilled pages; 0: none; None: a share of the memory that is left."""
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory that weights, pages, slots and workspace may take together."""
     num_threads: int | None = None
@@ -58,6 +60,8 @@ class MachineFacts:
     """Memory that the engine may still take once the weights are loaded."""
     num_cores: int
     """Cores this process may use."""
+    host_free_bytes: int = 0
+    """CUDA: free memory of the host. A CPU engine has `free_bytes` alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,10 @@ class ResolvedConfig:
     max_num_batched_tokens: int
     num_pages: int
     num_threads: int
+    num_host_pages: int = 0
+    """Pages of host memory that pages are spilled to."""
+    num_snapshots: int = 0
+    """Packed slots in host memory."""
 
     def layout(self, model: ModelConfig) -> KVLayout:
         return KVLayout(config=model, row_format=self.row_format, index_format=self.index_format)
@@ -98,6 +106,16 @@ CPU_KV_SHARE = 4
 """Without `kv_cache_bytes` a CPU engine takes one part in this many of the free memory,"""
 CPU_KV_MOST_BYTES = 4 << 30
 """and no more than this: a machine's memory is shared, a card's is not."""
+CPU_HOST_SHARE = 8
+"""Without `host_cache_bytes` a CPU engine takes one part in this many of what the KV cache leaves,"""
+CPU_HOST_MOST_BYTES = 2 << 30
+"""and no more than this."""
+CUDA_HOST_SHARE = 4
+"""Without `host_cache_bytes` a CUDA engine pins one part in this many of the host's free memory,"""
+CUDA_HOST_MOST_BYTES = 64 << 30
+"""and no more than this: pinning takes its time."""
+SNAPSHOT_SHARE = 4
+"""Snapshots take one part in this many of the host budget, spilled pages the rest."""
 SLOT_SHARE = 4
 """Without `max_num_seqs` slots take at most one part in this many of the budget."""
 SAMPLER_ELEMENTS = 1 << 25
@@ -184,6 +202,7 @@ def resolve(config: EngineConfig, model: ModelConfig, facts: MachineFacts) -> Re
             f"max_num_seqs: {num_seqs} requests do not fit a step of max_num_batched_tokens {batched_tokens}; "
             f"every running request takes one token of a step"
         )
+    host_pages, snapshots = host_places(_host_budget(config, facts, workspace + budget), layout)
     num_pages = (budget - num_seqs * layout.bytes_per_slot) // layout.bytes_per_page
     if num_pages < 1:
         least = num_seqs * layout.bytes_per_slot + layout.bytes_per_page
@@ -205,7 +224,22 @@ def resolve(config: EngineConfig, model: ModelConfig, facts: MachineFacts) -> Re
         max_num_batched_tokens=batched_tokens,
         num_pages=num_pages,
         num_threads=config.num_threads or facts.num_cores,
+        num_host_pages=host_pages,
+        num_snapshots=snapshots,
     )
+
+
+def host_places(host_bytes: int, layout: KVLayout) -> tuple[int, int]:
+    """(host pages, snapshots) that a host budget holds.
+
+    A snapshot saves a replay, some 3,000 tokens of work for the bytes of 900 tokens of history, but nothing without
+    that history: a quarter of the budget keeps about three snapshots for each 10,000 tokens spilled. At least one
+    snapshot where one fits, for a request hibernates only with its slot.
+    """
+    snapshots = host_bytes // SNAPSHOT_SHARE // layout.bytes_per_snapshot
+    if snapshots == 0 and host_bytes >= layout.bytes_per_snapshot:
+        snapshots = 1
+    return (host_bytes - snapshots * layout.bytes_per_snapshot) // layout.bytes_per_page, snapshots
 
 
 def _check_ranges(config: EngineConfig, facts: MachineFacts) -> None:
@@ -215,6 +249,8 @@ def _check_ranges(config: EngineConfig, facts: MachineFacts) -> None:
         value: int | None = getattr(config, field)
         if value is not None and value < 1:
             raise EngineConfigError(f"{field}: expected at least 1, found {value}")
+    if config.host_cache_bytes is not None and config.host_cache_bytes < 0:
+        raise EngineConfigError(f"host_cache_bytes: expected at least 0, found {config.host_cache_bytes}")
     if not 0.0 < config.gpu_memory_utilization <= 1.0:
         raise EngineConfigError(
             f"gpu_memory_utilization: expected more than 0 and at most 1, found {config.gpu_memory_utilization}"
@@ -239,6 +275,21 @@ def _kv_budget(config: EngineConfig, facts: MachineFacts, workspace: int) -> int
             f"lower max_num_batched_tokens or max_num_seqs"
         )
     return left if facts.device == "cuda" else min(left // CPU_KV_SHARE, CPU_KV_MOST_BYTES)
+
+
+def _host_budget(config: EngineConfig, facts: MachineFacts, taken: int) -> int:
+    """Bytes for snapshots and spilled pages; `taken` is what the device's memory gives to the rest."""
+    on_cpu = facts.device == "cpu"
+    left = max(0, facts.free_bytes - taken if on_cpu else facts.host_free_bytes)
+    if config.host_cache_bytes is not None:
+        if config.host_cache_bytes > left:
+            raise EngineConfigError(
+                f"host_cache_bytes: {config.host_cache_bytes} bytes do not fit: {left} bytes of host memory are left"
+            )
+        return config.host_cache_bytes
+    if on_cpu:
+        return min(left // CPU_HOST_SHARE, CPU_HOST_MOST_BYTES)
+    return min(left // CUDA_HOST_SHARE, CUDA_HOST_MOST_BYTES)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig, kv_tokens: int) -> int:
