@@ -29,7 +29,7 @@ UNKNOWN_ANSWER = 256
 """The same while nothing is known; tokens."""
 MISPREDICTED = 0.15
 """Relative error of a step's prediction beyond which it is counted."""
-MOST_SHORTAGES = 16
+MOST_SHORTAGES = 8
 """Requests that may be found not to fit before a step stops looking for one that does."""
 
 

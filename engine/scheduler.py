@@ -280,10 +280,12 @@ class Scheduler:
                 continue
             end = row.start + row.num_tokens
             seen = request.num_ever_computed
-            self.totals.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - max(row.start, seen))
-            self.totals.num_recomputed_tokens += max(0, min(end, seen) - row.start)
+            if row.start < max(seen, request.num_prompt_tokens):
+                self.totals.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - max(row.start, seen))
+                self.totals.num_recomputed_tokens += max(0, min(end, seen) - row.start)
             request.num_computed_tokens = end
-            request.num_ever_computed = max(seen, end)
+            if end > seen:
+                request.num_ever_computed = end
             if row.samples:
                 awaited[row.request_id] = request
         return awaited
