@@ -136,7 +136,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     num_waiting_tokens: int = 0
     """Known tokens of the waiting requests."""
     backlog_seconds: float = 0.0
-    """Prompt work that is queued or begun, in predicted seconds."""
+    """Prompt work that is queued or begun, in seconds as predicted when it was queued."""
     drain_seconds: float = 0.0
     """How long the backlog takes at the pace measured lately: what to tell a client that comes too early."""
     predicted_step_seconds: float = 0.0

@@ -55,25 +55,36 @@ class Totals:
 
 
 class DrainMeter:
-    """How fast prompt work goes away: predicted seconds of it for each second of the clock, while there is any."""
+    """How fast prompt work goes away: predicted seconds of it for each second of the clock, while there is any.
+
+    The unit of the predictions cancels out, so they may all be wrong by the same factor.
+    """
 
     def __init__(self) -> None:
         self.backlog_seconds = 0.0
-        self._pace = 1.0
+        # Decayed sums; before anything is measured predictions are taken at their word.
+        self._work = 1.0
+        self._time = 1.0
         self._planned: tuple[float, float] | None = None
-        """When the last step was planned, and the work that it did; None: nothing was waiting then."""
+        """When the last step was planned, and the work that it did; None: it left nothing."""
 
     @property
     def drain_seconds(self) -> float:
         """Until the backlog is done, at the pace of the last ten seconds or so."""
-        return self.backlog_seconds / max(self._pace, LEAST_PACE)
+        return self.backlog_seconds / max(self.pace, LEAST_PACE)
+
+    @property
+    def pace(self) -> float:
+        return self._work / self._time
 
     def note(self, now: float, backlog_seconds: float, drained_seconds: float) -> None:
         """A step has been planned: the work there was before it, and what it will do of it."""
         if self._planned is not None:
             began, drained = self._planned
             if now > began:
-                weight = -math.expm1((began - now) / DRAIN_MEMORY_SECONDS)
-                self._pace += weight * (drained / (now - began) - self._pace)
-        self._planned = (now, drained_seconds) if backlog_seconds > 0.0 else None
+                kept = math.exp((began - now) / DRAIN_MEMORY_SECONDS)
+                self._work = kept * self._work + drained
+                self._time = kept * self._time + now - began
         self.backlog_seconds = max(0.0, backlog_seconds - drained_seconds)
+        # A step that leaves nothing says how much there was, not how fast it could have gone.
+        self._planned = (now, drained_seconds) if self.backlog_seconds > 0.0 else None

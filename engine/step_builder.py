@@ -50,9 +50,9 @@ class StepBuilder:
         self.rows: list[ScheduledTokens] = []
         self.new: list[NewRequest] = []
         self.backlog_seconds = 0.0
-        """Predicted work of the prompts that were running when the step began."""
+        """Work of the prompts that were running when the step began, as it was predicted when they were queued."""
         self.drained_seconds = 0.0
-        """What of that and of the queue the step does."""
+        """What of that and of the queue the step does, in the same predictions: they may be old, but they agree."""
         self._step_id = step_id
         self._now = now
         self._budget = budget
@@ -69,6 +69,7 @@ class StepBuilder:
         """Prompts that are begun and will not be finished in this step, by priority."""
         self._favoured: Request | None = None
         self._favoured_seconds = 0.0
+        self._prompt_seconds = 0.0
 
     def add_decodes(self, requests: Iterable[Request], grown: Mapping[str, tuple[int, ...]]) -> None:
         """One row each; `grown` has the pages that were appended to their tables."""
@@ -101,13 +102,13 @@ class StepBuilder:
             left = self._costs.prefill_seconds(request.num_computed_tokens, request.num_tokens)
             self._line[request.request_id] = (left, request)
             self._num_begun[request.priority] += 1
-            self.backlog_seconds += left
+            self.backlog_seconds += request.prefill_seconds * request.num_uncomputed_tokens / request.num_tokens
         seconds_kept = self._favour()
         self._serve_line(seconds_kept)
         if self._favoured is not None:
             if self._favoured.request_id in self._line:
                 self._take(self._favoured, self._rows_for(self._favoured))
-            self._share.settle(favoured_seconds=self._favoured_seconds, all_seconds=self.drained_seconds)
+            self._share.settle(favoured_seconds=self._favoured_seconds, all_seconds=self._prompt_seconds)
 
     def _serve_line(self, seconds_kept: float) -> None:
         rows_kept = int(self._budget.rows_left * seconds_kept / self._budget.prefill_seconds)
@@ -238,7 +239,8 @@ class StepBuilder:
         assert not isinstance(page_ids, Shortage), "the pages of a prompt are reserved"
         seconds = self._budget.take(start, num_rows)
         self._tenants.charge(request.tenant, seconds)
-        self.drained_seconds += seconds
+        self._prompt_seconds += seconds
+        self.drained_seconds += request.prefill_seconds * num_rows / request.num_tokens
         if request is self._favoured:
             self._favoured_seconds += seconds
         self._line.pop(request.request_id, None)
