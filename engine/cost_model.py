@@ -8,12 +8,13 @@
             + e * [mixed]                  decode and prompt rows together
 
 All coefficients are >= 0, so more work never costs less. They are fitted by least squares on relative errors, with
-exponential forgetting, as multiples of a prior: each part is measured in prior seconds, so products of 1e12 stand beside
-counts of 1 in a well-conditioned matrix (kv-and-scheduling 7.3).
+exponential forgetting, as multiples of a prior: each part is measured in prior seconds, so products of 1e12 stand
+beside counts of 1 in a well-conditioned matrix (kv-and-scheduling 7.3).
 """
 
 import math
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,8 +26,18 @@ from model.config import ModelConfig
 ROW_KNOTS = (4, 16, 64, 256, 1024, 4096)
 """Where the slope of f may change. The distinct experts of a step saturate over two decades of rows, projections become
 compute-bound at a few hundred and experts at a few thousand, on every machine of interest within a factor of four."""
+_MANY_ROWS, _FEW_ROWS = 64, 5.0
+"""The prior's slope is this many times steeper below 64 rows, where most rows read experts of their own."""
 _STEP, _REQUEST, _DECODE_CONTEXT, _PREFILL_WORK, _MIXED = range(5)
 _FIRST_SLOPE = 5
+COEFFICIENTS = (
+    "step",
+    "request",
+    "decode_context",
+    "prefill_work",
+    "mixed",
+    *(f"row_{knot}" for knot in (0, *ROW_KNOTS)),
+)
 _NUM_PARTS = _FIRST_SLOPE + len(ROW_KNOTS) + 1
 _PRIOR_WEIGHT = 0.1
 """Of the prior, in observations; it fades like they do."""
@@ -103,6 +114,7 @@ class CostPrior:
     step_seconds: float
     request_seconds: float
     row_seconds: float
+    """For one row among many."""
     context_seconds: float
     """For one decode row and one token of context."""
     work_seconds: float
@@ -112,7 +124,7 @@ class CostPrior:
 
 def cost_prior(model: ModelConfig, device: Literal["cpu", "cuda"]) -> CostPrior:
     """A prior that errs on the slow side for a machine of the kind, from the model's arithmetic."""
-    flops, bandwidth, launch = (2e14, 1e12, 1e-4) if device == "cuda" else (2e10, 1e10, 4e-4)
+    flops, bandwidth, launch = (2e14, 1e12, 2e-4) if device == "cuda" else (2e10, 1e10, 4e-4)
     num_csa, num_hca = len(model.layers_of("csa")), len(model.layers_of("hca"))
     index = num_csa * 2 * model.index_n_heads * model.index_head_dim / 4
     core = num_hca * 4 * model.num_attention_heads * model.head_dim / 128
@@ -164,7 +176,7 @@ class CostModel:
                 prior.context_seconds,
                 prior.work_seconds,
                 prior.mixed_seconds,
-                *([prior.row_seconds] * (len(ROW_KNOTS) + 1)),
+                *(prior.row_seconds * (_FEW_ROWS if low < _MANY_ROWS else 1.0) for low in (0, *ROW_KNOTS)),
             ]
         )
         assert (self._prior > 0).all(), "every part of the prior is positive"
@@ -227,12 +239,22 @@ class CostModel:
 
     def coefficients(self) -> dict[str, float]:
         """The fit by name, in seconds for one of each; `row_<from>` are the slopes of f."""
-        values = self._multiples * self._prior
-        names = ("step", "request", "decode_context", "prefill_work", "mixed")
-        named = {name: float(value) for name, value in zip(names, values, strict=False)}
-        return named | {
-            f"row_{knot}": float(value) for knot, value in zip((0, *ROW_KNOTS), values[_FIRST_SLOPE:], strict=True)
-        }
+        return dict(zip(COEFFICIENTS, (self._multiples * self._prior).tolist(), strict=True))
+
+    def set_coefficients(self, coefficients: Mapping[str, float]) -> None:
+        """Go on from a fit that `coefficients` told.
+
+        Raises:
+            ValueError: a name is missing or unknown, or a value is negative or not finite.
+        """
+        if set(coefficients) != set(COEFFICIENTS):
+            raise ValueError(f"cost model: expected {', '.join(COEFFICIENTS)}; found {', '.join(sorted(coefficients))}")
+        values = np.array([coefficients[name] for name in COEFFICIENTS], dtype=np.float64)
+        if not (np.isfinite(values) & (values >= 0.0)).all():
+            raise ValueError("cost model: expected finite coefficients of at least 0")
+        self._multiples = values / self._prior
+        self._target = self._information @ self._multiples
+        self._set_coefficients()
 
     def observe(self, features: StepFeatures, seconds: float) -> None:
         """Learn from a step that took `seconds`. Steps without rows and impossible times are ignored."""

@@ -144,6 +144,7 @@ class Request:
         self.grant = None
         self.status = RequestStatus.QUEUED
         self.num_computed_tokens = 0
+        self.bypassed_seconds = 0.0
         self.num_preemptions += 1
 
     def append(self, token_id: int) -> None:

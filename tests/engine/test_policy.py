@@ -7,7 +7,7 @@ import pytest
 
 from engine.budget import StepBudget
 from engine.config import EngineConfig, EngineConfigError, MachineFacts, SchedulingConfig, resolve
-from engine.cost_model import CostModel, CostPrior
+from engine.cost_model import COEFFICIENTS, CostModel, cost_prior
 from engine.fairness import FavouredShare, TenantClock
 from engine.output_lengths import LEAST_SAMPLES, WINDOW, OutputLengths
 from engine.policy import (
@@ -30,17 +30,12 @@ CONFIG = SchedulingConfig(interactive_itl_seconds=0.04, long_itl_seconds=0.2)
 SHORT, LONG = ServiceClass.INTERACTIVE, ServiceClass.LONG
 
 
-def costs(row_seconds: float = 1e-4, step_seconds: float = 1e-9) -> CostModel:
-    """As good as linear in the rows."""
-    prior = CostPrior(
-        step_seconds=step_seconds,
-        request_seconds=1e-12,
-        row_seconds=row_seconds,
-        context_seconds=1e-15,
-        work_seconds=1e-15,
-        mixed_seconds=1e-12,
-    )
-    return CostModel(preset("nano"), prior)
+def costs(row_seconds: float = 1e-4, step_seconds: float = 0.0) -> CostModel:
+    """Linear in the rows."""
+    model = CostModel(preset("nano"), cost_prior(preset("nano"), "cpu"))
+    linear = dict.fromkeys(COEFFICIENTS, 0.0) | {"step": step_seconds}
+    model.set_coefficients(linear | {name: row_seconds for name in COEFFICIENTS if name.startswith("row_")})
+    return model
 
 
 def test_priority_then_class_then_tenant_then_work_decides() -> None:
@@ -163,7 +158,7 @@ def test_the_first_chunk_is_there_even_if_the_model_despairs() -> None:
 def test_a_budget_is_never_exceeded(seed: int) -> None:
     rng = random.Random(seed)
     rows, seconds = rng.randrange(1, 4000), rng.uniform(0.01, 0.4)
-    made = StepBudget(costs(rng.choice([1e-5, 1e-4]), rng.choice([1e-9, 5e-3])), rows)
+    made = StepBudget(costs(rng.choice([1e-5, 1e-4]), rng.choice([0.0, 5e-3])), rows)
     num_decodes = rng.randrange(0, min(rows, 50) + 1)
     began = made.add_decodes(num_decodes, num_decodes * 1000)
     made.open_prefill(seconds)
