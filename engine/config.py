@@ -38,14 +38,15 @@ class EngineConfig:
     num_threads: int | None = None
     """CPU threads of the engine; None: all cores but none more than there are."""
     step_seconds: float | None = None
-    """How long a step may take, as the engine predicts it: the gap between two tokens of a running answer. None: 0.06
-    on a GPU, 0.2 on a CPU."""
+    """How long a step takes at most, as the engine predicts it: the gap between two tokens of a running answer. None:
+    0.06 on a GPU, 0.2 on a CPU."""
     interactive_ttft_seconds: float = 1.0
     """Time to first token that prompts under `long_prompt_tokens` should have, beside three times their own work."""
     long_ttft_seconds: float = 10.0
     """The same for longer prompts."""
     interactive_itl_seconds: float | None = None
-    """Longest gap between two tokens while short requests decode; None: `step_seconds`."""
+    """Longest gap between two tokens while short requests decode, used when prompts would come late; None: 1.25 times
+    `step_seconds`."""
     long_itl_seconds: float | None = None
     """The same while only long requests decode."""
     long_prompt_tokens: int = 262_144
@@ -78,8 +79,8 @@ class SchedulingConfig:
     step_seconds: float = 0.06
     interactive_ttft_seconds: float = 1.0
     long_ttft_seconds: float = 10.0
-    interactive_itl_seconds: float = 0.06
-    long_itl_seconds: float = 0.06
+    interactive_itl_seconds: float = 0.075
+    long_itl_seconds: float = 0.075
     long_prompt_tokens: int = 262_144
     long_prefill_share: float = 0.25
     long_page_share: float = 0.7
@@ -130,6 +131,8 @@ GPU_BATCHED_TOKENS = 8192
 CPU_BATCHED_TOKENS = 1024
 GPU_STEP_SECONDS = 0.06
 CPU_STEP_SECONDS = 0.2
+ITL_FACTOR = 1.25
+"""Without ITL goals a step may take this many times `step_seconds` while prompts are pressed for time."""
 MOST_SEQS = 256
 CPU_KV_SHARE = 4
 """Without `kv_cache_bytes` a CPU engine takes one part in this many of the free memory,"""
@@ -259,8 +262,8 @@ def _scheduling(config: EngineConfig, facts: MachineFacts) -> SchedulingConfig:
         step_seconds=step_seconds,
         interactive_ttft_seconds=config.interactive_ttft_seconds,
         long_ttft_seconds=config.long_ttft_seconds,
-        interactive_itl_seconds=config.interactive_itl_seconds or step_seconds,
-        long_itl_seconds=config.long_itl_seconds or step_seconds,
+        interactive_itl_seconds=config.interactive_itl_seconds or ITL_FACTOR * step_seconds,
+        long_itl_seconds=config.long_itl_seconds or ITL_FACTOR * step_seconds,
         long_prompt_tokens=config.long_prompt_tokens,
         long_prefill_share=config.long_prefill_share,
         long_page_share=config.long_page_share,

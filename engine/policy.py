@@ -15,6 +15,8 @@ from engine.config import SchedulingConfig
 
 TTFT_WORK_FACTOR = 3.0
 """A prompt's first token is due after the goal of its class and this many times its own work."""
+PRESSED_SHARE = 0.5
+"""Of the goal of its class: a prompt with less slack than that is pressed for time."""
 LEAST_PREFILL_SHARE = 0.1
 """Of a step's seconds, when the decode rows alone take all of them: prompts go on, slowly, whatever the model says."""
 LEAST_CHUNK = 32
@@ -54,9 +56,18 @@ def order_key(
     return (priority, service, tenant_seconds, work_seconds, arrival, order)
 
 
-def step_seconds(decoding: Iterable[ServiceClass], config: SchedulingConfig) -> float:
-    """How long a step may take: the tightest ITL goal of the classes that decode; `step_seconds` without any."""
-    return min((config.itl_seconds(service) for service in decoding), default=config.step_seconds)
+def step_seconds(decoding: Iterable[ServiceClass], pressed: bool, config: SchedulingConfig) -> float:
+    """How long a step may take: the configured time, and while prompts are pressed for theirs as long as the answers
+    that run allow (longer steps are cheaper for each prompt row: every step reads the weights). Never longer than that.
+    """
+    nobody = max(config.step_seconds, config.interactive_itl_seconds)
+    limit = min((config.itl_seconds(service) for service in decoding), default=nobody)
+    return limit if pressed else min(limit, config.step_seconds)
+
+
+def is_pressed(slack_seconds: float, service: ServiceClass, config: SchedulingConfig) -> bool:
+    """Whether a prompt has used up so much of its time that it may come late."""
+    return slack_seconds < PRESSED_SHARE * config.ttft_seconds(service)
 
 
 def prefill_seconds(total: float, decode: float) -> float:

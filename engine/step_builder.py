@@ -20,6 +20,7 @@ from engine.policy import (
     MOST_SHORTAGES,
     OrderKey,
     ServiceClass,
+    is_pressed,
     order_key,
     prefill_seconds,
     slack,
@@ -67,6 +68,7 @@ class StepBuilder:
         """Running prompts that have no chunk in this step yet, with their seconds to go."""
         self._num_begun: Counter[int] = Counter()
         """Prompts that are begun and will not be finished in this step, by priority."""
+        self._decoding: set[ServiceClass] = set()
         self._favoured: Request | None = None
         self._favoured_seconds = 0.0
         self._prompt_seconds = 0.0
@@ -75,12 +77,11 @@ class StepBuilder:
         """One row each; `grown` has the pages that were appended to their tables."""
         context = 0
         by_tenant: Counter[str] = Counter()
-        services: set[ServiceClass] = set()
         for request in requests:
             start = request.num_computed_tokens
             context += start + 1
             by_tenant[request.tenant] += 1
-            services.add(request.service)
+            self._decoding.add(request.service)
             request.last_step_id = self._step_id
             self.rows.append(
                 ScheduledTokens(
@@ -94,7 +95,6 @@ class StepBuilder:
         seconds = self._budget.add_decodes(len(self.rows), context)
         for tenant, count in by_tenant.items():
             self._tenants.charge(tenant, seconds * count / len(self.rows))
-        self._budget.open_prefill(prefill_seconds(step_seconds(services, self._config), seconds))
 
     def add_prompts(self, prompts: Iterable[Request]) -> None:
         """Chunks of the running prompts and of waiting ones."""
@@ -103,6 +103,8 @@ class StepBuilder:
             self._line[request.request_id] = (left, request)
             self._num_begun[request.priority] += 1
             self.backlog_seconds += request.prefill_seconds * request.num_uncomputed_tokens / request.num_tokens
+        seconds = step_seconds(self._decoding, self._is_pressed(), self._config)
+        self._budget.open_prefill(prefill_seconds(seconds, self._budget.predicted_seconds))
         seconds_kept = self._favour()
         self._serve_line(seconds_kept)
         if self._favoured is not None:
@@ -193,6 +195,17 @@ class StepBuilder:
         late = [(pressure, request) for pressure, request in late if pressure[1] < 0.0]
         if late:
             yield min(late)[1]
+
+    def _is_pressed(self) -> bool:
+        """Whether any prompt, running or waiting, may come late."""
+        for entry in self._line.values():
+            if is_pressed(self._pressure(entry)[1], entry[1].service, self._config):
+                return True
+        for service in ServiceClass:
+            waiting = self._admission.waiting.most_urgent(service)
+            if waiting is not None and is_pressed(waiting.latest_start - self._now, service, self._config):
+                return True
+        return False
 
     def _pressure(self, entry: tuple[float, Request]) -> tuple[int, float, int]:
         left, request = entry

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from engine.output_lengths import LEAST_SAMPLES, WINDOW, OutputLengths
 from engine.policy import (
     LEAST_CHUNK,
     ServiceClass,
+    is_pressed,
     latest_start,
     long_share_binds,
     order_key,
@@ -67,8 +69,12 @@ def test_priority_then_class_then_tenant_then_work_decides() -> None:
 
 def test_the_class_of_a_prompt_and_the_length_of_a_step() -> None:
     assert service_class(262_143, CONFIG) is SHORT and service_class(262_144, CONFIG) is LONG
-    assert step_seconds([], CONFIG) == 0.06
-    assert step_seconds([LONG], CONFIG) == 0.2 and step_seconds([LONG, SHORT], CONFIG) == 0.04
+    assert step_seconds([], False, CONFIG) == step_seconds([], True, CONFIG) == 0.06
+    assert step_seconds([], True, replace(CONFIG, interactive_itl_seconds=0.08)) == 0.08
+    for pressed, long in ((False, 0.06), (True, 0.2)):
+        assert step_seconds([LONG], pressed, CONFIG) == long
+        assert step_seconds([LONG, SHORT], pressed, CONFIG) == 0.04
+    assert is_pressed(0.4, SHORT, CONFIG) and not is_pressed(0.6, SHORT, CONFIG) and is_pressed(0.6, LONG, CONFIG)
     assert prefill_seconds(0.06, 0.02) == pytest.approx(0.04)
     assert prefill_seconds(0.06, 0.5) == pytest.approx(0.006)
 
@@ -109,10 +115,10 @@ def test_flags_of_time_are_resolved_and_checked() -> None:
         facts = MachineFacts(device=device, has_bf16=True, free_bytes=1 << 40, num_cores=4)  # type: ignore[arg-type]
         return resolve(EngineConfig(model_dir="", **flags), preset("nano"), facts).scheduling  # type: ignore[arg-type]
 
-    assert resolved("cuda").step_seconds == resolved("cuda").itl_seconds(SHORT) == 0.06
+    assert resolved("cuda").step_seconds == 0.06 and resolved("cuda").itl_seconds(SHORT) == 0.075
     assert resolved("cpu").step_seconds == 0.2
     own = resolved("cpu", step_seconds=0.5, interactive_itl_seconds=0.1)
-    assert (own.step_seconds, own.itl_seconds(SHORT), own.itl_seconds(LONG)) == (0.5, 0.1, 0.5)
+    assert (own.step_seconds, own.itl_seconds(SHORT), own.itl_seconds(LONG)) == (0.5, 0.1, 0.625)
     for flags in (
         {"step_seconds": 0.0},
         {"long_itl_seconds": -1.0},

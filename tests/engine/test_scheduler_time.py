@@ -318,7 +318,14 @@ def test_priority_is_respected_in_the_queue_and_by_the_credit(
 def test_long_requests_hold_a_share_while_shorter_ones_wait(
     make_scheduler: MakeScheduler, make_request: MakeRequest
 ) -> None:
-    scheduling = replace(GOALS, long_page_share=0.5, long_prompt_tokens=500, step_seconds=1e6)
+    scheduling = replace(
+        GOALS,
+        long_page_share=0.5,
+        long_prompt_tokens=500,
+        step_seconds=1e6,
+        interactive_itl_seconds=1e6,
+        long_itl_seconds=1e6,
+    )
     scheduler = make_scheduler(num_pages=20, max_num_seqs=4, max_num_batched_tokens=4000, scheduling=scheduling)
 
     def step() -> set[str]:
