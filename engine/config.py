@@ -39,10 +39,30 @@ class EngineConfig:
     """Most tokens in one step."""
     kv_cache_bytes: int | None = None
     """Budget for pages and slots; None: a share of the memory that is free when the weights are loaded."""
+    host_cache_bytes: int | None = None
+    """Budget in host memory for snapshots and spilled pages; 0: none; None: a share of the memory that is left."""
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory that weights, pages, slots and workspace may take together."""
     num_threads: int | None = None
     """CPU threads of the engine; None: all cores but none more than there are."""
+    step_seconds: float | None = None
+    """How long a step takes at most, as the engine predicts it: the gap between two tokens of a running answer. None:
+    0.06 on a GPU, 0.2 on a CPU."""
+    interactive_ttft_seconds: float = 1.0
+    """Time to first token that prompts under `long_prompt_tokens` should have, beside three times their own work."""
+    long_ttft_seconds: float = 10.0
+    """The same for longer prompts."""
+    interactive_itl_seconds: float | None = None
+    """Longest gap between two tokens while short requests decode, used when prompts would come late; None: 1.25 times
+    `step_seconds`."""
+    long_itl_seconds: float | None = None
+    """The same while only long requests decode."""
+    long_prompt_tokens: int = 262_144
+    """Prompts of at least this many tokens are long: they run behind the others, with shares of their own."""
+    long_prefill_share: float = 0.25
+    """Least share of the prompt time of the steps that one long prompt gets while shorter ones compete."""
+    long_page_share: float = 0.7
+    """Most of the pages that long requests may hold while shorter ones wait."""
     simulate: bool = False
     """Run without a model (deterministic tokens and a cost model); for tests of everything around the model."""
 
@@ -58,6 +78,31 @@ class MachineFacts:
     """Memory that the engine may still take once the weights are loaded."""
     num_cores: int
     """Cores this process may use."""
+    host_free_bytes: int = 0
+    """CUDA: free memory of the host. A CPU engine has `free_bytes` alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulingConfig:
+    """Goals and shares of the scheduler, all settled."""
+
+    step_seconds: float = 0.06
+    interactive_ttft_seconds: float = 1.0
+    long_ttft_seconds: float = 10.0
+    interactive_itl_seconds: float = 0.075
+    long_itl_seconds: float = 0.075
+    long_prompt_tokens: int = 262_144
+    long_prefill_share: float = 0.25
+    long_page_share: float = 0.7
+    output_quantile: float = 1.0
+    """Share of answers whose pages are reserved in whole; 1: all that a request may ever have, no overbooking."""
+
+    def ttft_seconds(self, service: int) -> float:
+        """Goal of a service class: 0 interactive, 1 long."""
+        return self.long_ttft_seconds if service else self.interactive_ttft_seconds
+
+    def itl_seconds(self, service: int) -> float:
+        return self.long_itl_seconds if service else self.interactive_itl_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +121,11 @@ class ResolvedConfig:
     max_num_batched_tokens: int
     num_pages: int
     num_threads: int
+    num_host_pages: int = 0
+    """Pages of host memory that pages are spilled to."""
+    num_snapshots: int = 0
+    """Packed slots in host memory."""
+    scheduling: SchedulingConfig = SchedulingConfig()
 
     def layout(self, model: ModelConfig) -> KVLayout:
         return KVLayout(config=model, row_format=self.row_format, index_format=self.index_format)
@@ -93,16 +143,37 @@ SMALL_HIDDEN_SIZE = 512
 """Below this width a CPU step is dispatch, not arithmetic: bfloat16 gains nothing there and float32 is exact."""
 GPU_BATCHED_TOKENS = 8192
 CPU_BATCHED_TOKENS = 1024
+GPU_STEP_SECONDS = 0.06
+CPU_STEP_SECONDS = 0.2
+ITL_FACTOR = 1.25
+"""Without ITL goals a step may take this many times `step_seconds` while prompts are pressed for time."""
 MOST_SEQS = 256
 CPU_KV_SHARE = 4
 """Without `kv_cache_bytes` a CPU engine takes one part in this many of the free memory,"""
 CPU_KV_MOST_BYTES = 4 << 30
 """and no more than this: a machine's memory is shared, a card's is not."""
+CPU_HOST_SHARE = 8
+"""Without `host_cache_bytes` a CPU engine takes one part in this many of what the KV cache leaves,"""
+CPU_HOST_MOST_BYTES = 2 << 30
+"""and no more than this."""
+CUDA_HOST_SHARE = 4
+"""Without `host_cache_bytes` a CUDA engine pins one part in this many of the host's free memory,"""
+CUDA_HOST_MOST_BYTES = 64 << 30
+"""and no more than this: pinning takes its time."""
+SNAPSHOT_SHARE = 4
+"""Snapshots take one part in this many of the host budget, spilled pages the rest."""
 SLOT_SHARE = 4
 """Without `max_num_seqs` slots take at most one part in this many of the budget."""
 SAMPLER_ELEMENTS = 1 << 25
 """Most elements of one block of logits; longer batches are sampled block by block."""
 _SAMPLER_COPIES = 4
+_SECONDS = (
+    "step_seconds",
+    "interactive_ttft_seconds",
+    "long_ttft_seconds",
+    "interactive_itl_seconds",
+    "long_itl_seconds",
+)
 _ACTIVATION_COPIES = 24
 
 
@@ -184,6 +255,7 @@ def resolve(config: EngineConfig, model: ModelConfig, facts: MachineFacts) -> Re
             f"max_num_seqs: {num_seqs} requests do not fit a step of max_num_batched_tokens {batched_tokens}; "
             f"every running request takes one token of a step"
         )
+    host_pages, snapshots = host_places(_host_budget(config, facts, workspace + budget), layout)
     num_pages = (budget - num_seqs * layout.bytes_per_slot) // layout.bytes_per_page
     if num_pages < 1:
         least = num_seqs * layout.bytes_per_slot + layout.bytes_per_page
@@ -205,7 +277,37 @@ def resolve(config: EngineConfig, model: ModelConfig, facts: MachineFacts) -> Re
         max_num_batched_tokens=batched_tokens,
         num_pages=num_pages,
         num_threads=config.num_threads or facts.num_cores,
+        num_host_pages=host_pages,
+        num_snapshots=snapshots,
+        scheduling=_scheduling(config, facts),
     )
+
+
+def _scheduling(config: EngineConfig, facts: MachineFacts) -> SchedulingConfig:
+    step_seconds = config.step_seconds or (GPU_STEP_SECONDS if facts.device == "cuda" else CPU_STEP_SECONDS)
+    return SchedulingConfig(
+        step_seconds=step_seconds,
+        interactive_ttft_seconds=config.interactive_ttft_seconds,
+        long_ttft_seconds=config.long_ttft_seconds,
+        interactive_itl_seconds=config.interactive_itl_seconds or ITL_FACTOR * step_seconds,
+        long_itl_seconds=config.long_itl_seconds or ITL_FACTOR * step_seconds,
+        long_prompt_tokens=config.long_prompt_tokens,
+        long_prefill_share=config.long_prefill_share,
+        long_page_share=config.long_page_share,
+    )
+
+
+def host_places(host_bytes: int, layout: KVLayout) -> tuple[int, int]:
+    """(host pages, snapshots) that a host budget holds.
+
+    A snapshot saves a replay, some 3,000 tokens of work for the bytes of 900 tokens of history, but nothing without
+    that history: a quarter of the budget keeps about three snapshots for each 10,000 tokens spilled. At least one
+    snapshot where one fits, for a request hibernates only with its slot.
+    """
+    snapshots = host_bytes // SNAPSHOT_SHARE // layout.bytes_per_snapshot
+    if snapshots == 0 and host_bytes >= layout.bytes_per_snapshot:
+        snapshots = 1
+    return (host_bytes - snapshots * layout.bytes_per_snapshot) // layout.bytes_per_page, snapshots
 
 
 def _check_ranges(config: EngineConfig, facts: MachineFacts) -> None:
@@ -215,10 +317,24 @@ def _check_ranges(config: EngineConfig, facts: MachineFacts) -> None:
         value: int | None = getattr(config, field)
         if value is not None and value < 1:
             raise EngineConfigError(f"{field}: expected at least 1, found {value}")
+    if config.host_cache_bytes is not None and config.host_cache_bytes < 0:
+        raise EngineConfigError(f"host_cache_bytes: expected at least 0, found {config.host_cache_bytes}")
     if not 0.0 < config.gpu_memory_utilization <= 1.0:
         raise EngineConfigError(
             f"gpu_memory_utilization: expected more than 0 and at most 1, found {config.gpu_memory_utilization}"
         )
+    for field in _SECONDS:
+        seconds: float | None = getattr(config, field)
+        if seconds is not None and not 0.0 < seconds < float("inf"):
+            raise EngineConfigError(f"{field}: expected more than 0 seconds, found {seconds}")
+    if config.long_prompt_tokens < 1:
+        raise EngineConfigError(f"long_prompt_tokens: expected at least 1, found {config.long_prompt_tokens}")
+    if not 0.0 <= config.long_prefill_share < 1.0:
+        raise EngineConfigError(
+            f"long_prefill_share: expected at least 0 and less than 1, found {config.long_prefill_share}"
+        )
+    if not 0.0 < config.long_page_share <= 1.0:
+        raise EngineConfigError(f"long_page_share: expected more than 0 and at most 1, found {config.long_page_share}")
     if config.num_threads is not None and config.num_threads > facts.num_cores:
         raise EngineConfigError(f"num_threads: {config.num_threads} is more than the {facts.num_cores} cores there are")
 
@@ -239,6 +355,21 @@ def _kv_budget(config: EngineConfig, facts: MachineFacts, workspace: int) -> int
             f"lower max_num_batched_tokens or max_num_seqs"
         )
     return left if facts.device == "cuda" else min(left // CPU_KV_SHARE, CPU_KV_MOST_BYTES)
+
+
+def _host_budget(config: EngineConfig, facts: MachineFacts, taken: int) -> int:
+    """Bytes for snapshots and spilled pages; `taken` is what the device's memory gives to the rest."""
+    on_cpu = facts.device == "cpu"
+    left = max(0, facts.free_bytes - taken if on_cpu else facts.host_free_bytes)
+    if config.host_cache_bytes is not None:
+        if config.host_cache_bytes > left:
+            raise EngineConfigError(
+                f"host_cache_bytes: {config.host_cache_bytes} bytes do not fit: {left} bytes of host memory are left"
+            )
+        return config.host_cache_bytes
+    if on_cpu:
+        return min(left // CPU_HOST_SHARE, CPU_HOST_MOST_BYTES)
+    return min(left // CUDA_HOST_SHARE, CUDA_HOST_MOST_BYTES)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig, kv_tokens: int) -> int:

@@ -37,10 +37,11 @@ class Executor(Protocol):
 
         `plan.finished` is applied first, before anything can fail, so a slot it frees may be given away in the same
         plan. It may name ids that the executor does not know (their only step failed); those are ignored. A plan may
-        schedule nothing.
+        schedule nothing. Host pages and snapshots that it names may be read by any later plan.
 
         Raises:
-            StepError: the whole step failed and the executor can go on.
+            StepError: the whole step failed and the executor can go on. Only `finished` is sure to have happened: what
+                the plan was to write, host pages and snapshots among it, holds nothing.
             Exception: anything else; the engine ends.
         """
         ...

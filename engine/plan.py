@@ -1,7 +1,9 @@
 """What the scheduler tells the runner and what it hears back: plain data, complete when constructed."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from engine.messages import FinishReason, SamplingParams
@@ -17,11 +19,16 @@ class NewRequest:
     """int32 [prompt length]: prompt and, for a resumed request, the tokens it had produced."""
     num_prompt_tokens: int
     sampling: SamplingParams
+    num_computed_tokens: int = 0
+    """Tokens whose pages and slot are not computed again: the first plan of a resumed request restores or replays its
+    slot at this position and brings the pages before it (shared, loaded or copied ones first) with its first rows."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScheduledTokens:
-    """Rows of one request in this step: positions start .. start + num_tokens."""
+class ScheduledTokens(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Rows of one request in this step: positions start .. start + num_tokens.
+
+    A struct because hundreds are made in each step: a frozen dataclass takes ten times as long.
+    """
 
     request_id: str
     start: int
@@ -40,9 +47,56 @@ class PageCopy:
     target: int
 
 
+class PageSpill(NamedTuple):
+    """Copy a page to a host page; the page may be given away in the same plan."""
+
+    page: int
+    host_page: int
+
+
+class PageLoad(NamedTuple):
+    """Copy a host page to a page."""
+
+    host_page: int
+    page: int
+
+
+class SlotRestore(NamedTuple):
+    """Make a slot what the snapshot holds; the snapshot was taken at `position`."""
+
+    slot: int
+    snapshot: int
+    position: int
+
+
+class Replay(NamedTuple):
+    """Rebuild a request's slot at `position` from its tokens and the pages before that position."""
+
+    request_id: str
+    slot: int
+    position: int
+
+
+class SlotSnapshot(NamedTuple):
+    """Keep a slot, whose request has computed exactly `position` tokens, in a snapshot."""
+
+    slot: int
+    position: int
+    snapshot: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
-    """One step. Request order is the row order of the batch. Known requests are not sent again."""
+    """One step. Request order is the row order of the batch. Known requests are not sent again.
+
+    Order within a step, whatever the order of the fields:
+
+        finished, new -> page_spills -> page_loads, page_copies, slot_restores -> replays -> scheduled -> slot_snapshots
+
+    So a page may be spilled and given away in one plan, and a snapshot sees the position that its step has reached (one
+    of a request in `StepResult.failed` holds nothing). A slot may be kept in the plan that finishes its request, unless
+    the same plan gives it away.
+    """
 
     step_id: int
     new: tuple[NewRequest, ...] = ()
@@ -50,18 +104,14 @@ class StepPlan:
     finished: tuple[str, ...] = ()
     """Requests the runner forgets before the step (finished, aborted or preempted)."""
     page_copies: tuple[PageCopy, ...] = ()
-    slot_restores: tuple[tuple[int, int], ...] = ()
-    """(slot, snapshot id); filled by the prefix cache and by preemption."""
-    slot_snapshots: tuple[tuple[int, int, int], ...] = ()
-    """(slot, position, snapshot id)."""
-    page_loads: tuple[tuple[int, int], ...] = ()
-    """(host page, page)."""
-    page_spills: tuple[tuple[int, int], ...] = ()
-    """(page, host page)."""
+    page_spills: tuple[PageSpill, ...] = ()
+    page_loads: tuple[PageLoad, ...] = ()
+    slot_restores: tuple[SlotRestore, ...] = ()
+    replays: tuple[Replay, ...] = ()
+    """Of requests that are scheduled in this plan."""
+    slot_snapshots: tuple[SlotSnapshot, ...] = ()
     fences: tuple[int, ...] = ()
     """Step ids whose deferred frees are released once this step has run."""
-    layer_row_starts: tuple[tuple[int, ...], ...] = ()
-    """For each scheduled request the first row computed in each layer; empty means all rows in every layer."""
 
     @property
     def num_tokens(self) -> int:

@@ -12,6 +12,8 @@ from model.kv_layout import FP8_BLOCK
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.ops.reference import quant
+from model.replay import ReplayRows
+from model.rope import Rotation
 from model.step import Step
 from model.tensors import Shard
 
@@ -49,21 +51,35 @@ class Attention(CheckpointModule):
 
     def forward(self, x_TD: Tensor, step: Step, cache: KVCache, window: RowStore) -> Tensor:
         """[T, D]; writes the step's rows and entries. `window` is this layer's ring."""
+        rotation = self._rotation(step)
+        rows_NC = self._window_rows(self._latents(x_TD, rotation), step, window)
+        self._compress(x_TD, step, cache, write=True)
+        return self._attend(x_TD, rotation, rows_NC, step, cache)
+
+    def replay(self, x_ND: Tensor, rows: ReplayRows, cache: KVCache, window: RowStore) -> Tensor:
+        """Rebuild this layer's part of a slot from the rows that enter it; [O, D] of the last O of them.
+
+        Entries are read from pages and none is written.
+        """
+        packed = window.pack(self._latents(x_ND, rows.rotation(compressed=self.kind != "window")))
+        if rows.fold is not None:
+            self._compress(x_ND[-rows.fold.num_tokens :], rows.fold, cache, write=False)
+        if rows.output is None:
+            rows.store(window, packed)
+            return x_ND[:0]
+        rows_NC = window.unpack(rows.with_history(window, packed))
+        rows.store(window, packed)
+        x_OD = x_ND[-rows.output.num_tokens :]
+        return self._attend(x_OD, self._rotation(rows.output), rows_NC, rows.output, cache)
+
+    def _rotation(self, step: Step) -> Rotation:
+        return step.main_rotation if self.kind == "window" else step.compressed_rotation
+
+    def _latents(self, x_TD: Tensor, rotation: Rotation) -> Tensor:
+        """Window rows [T, C] of the tokens, before they are packed."""
         build, c = self.build, self.build.config
-        rotation = step.main_rotation if self.kind == "window" else step.compressed_rotation
-        qr_TQ = self.q_norm(self.wq_a(x_TD))
-        q_THC = self.wq_b(qr_TQ).unflatten(1, (self.heads, c.head_dim))
-        q_THC = build.ops.rotate(build.ops.rms_norm(q_THC, None, c.rms_norm_eps), rotation)
         rows_TC = build.ops.rotate(self.kv_norm(self.wkv(x_TD)), rotation)
-        if build.numerics == "official":
-            rows_TC = quant.fp8_round_trip(rows_TC, FP8_BLOCK, c.nope_head_dim)
-        rows_NC = self._window_rows(rows_TC, step, window)
-        if self.kind == "window":
-            o_THC = build.ops.attention(q_THC, rows_NC, step, self.attn_sink, self.scale)
-        else:
-            o_THC = self._compressed_attention(x_TD, qr_TQ, q_THC, rows_NC, step, cache)
-        build.ops.rotate(o_THC, rotation, inverse=True)
-        return self._output(o_THC)
+        return quant.fp8_round_trip(rows_TC, FP8_BLOCK, c.nope_head_dim) if build.numerics == "official" else rows_TC
 
     def _window_rows(self, rows_TC: Tensor, step: Step, window: RowStore) -> Tensor:
         """History from the ring and the chunk's own rows [N, C], as stored; then the chunk replaces the ring's."""
@@ -75,19 +91,36 @@ class Attention(CheckpointModule):
         window.write(plan.store_slot_rows, packed.index_select(0, plan.store_tokens))
         return window.unpack(rows)
 
-    def _compressed_attention(
-        self, x_TD: Tensor, qr_TQ: Tensor, q_THC: Tensor, rows_NC: Tensor, step: Step, cache: KVCache
-    ) -> Tensor:
-        store, accumulators = cache.entries[self.layer], cache.accumulators[self.layer]
-        assert self.compressor is not None and store is not None and accumulators is not None
-        selected_TS = None
+    def _compress(self, x_TD: Tensor, step: Step, cache: KVCache, *, write: bool) -> None:
+        """Fold the step's tokens into the accumulators; `write` stores the entries that this completes."""
+        if self.compressor is None:
+            return
+        layer = self.layer
+        plan = step.csa_compress if self.kind == "csa" else step.hca_compress
+        parts = [(self.compressor, cache.accumulators[layer], cache.entries[layer])]
         if self.indexer is not None:
-            compress, entries = step.csa_compress, step.csa_entries
-            selected_TS = self.indexer(x_TD, qr_TQ, step, cache, self.layer)
-        else:
-            compress, entries = step.hca_compress, step.hca_entries
-        self.compressor(x_TD, compress, accumulators, store)
-        return self.build.ops.attention(q_THC, rows_NC, step, self.attn_sink, self.scale, store, entries, selected_TS)
+            parts.append((self.indexer.compressor, cache.index_accumulators[layer], cache.index_keys[layer]))
+        for compressor, accumulators, store in parts:
+            assert accumulators is not None and store is not None
+            compressor(x_TD, plan, accumulators, store if write else None)
+
+    def _attend(self, x_TD: Tensor, rotation: Rotation, rows_NC: Tensor, step: Step, cache: KVCache) -> Tensor:
+        """[T, D] of the step's tokens over window rows [N, C] and the entries in pages."""
+        build, c = self.build, self.build.config
+        qr_TQ = self.q_norm(self.wq_a(x_TD))
+        q_THC = self.wq_b(qr_TQ).unflatten(1, (self.heads, c.head_dim))
+        q_THC = build.ops.rotate(build.ops.rms_norm(q_THC, None, c.rms_norm_eps), rotation)
+        entries, selected_TS = None, None
+        if self.indexer is not None:
+            entries, keys = step.csa_entries, cache.index_keys[self.layer]
+            assert keys is not None
+            selected_TS = self.indexer(x_TD, qr_TQ, step, keys)
+        elif self.kind == "hca":
+            entries = step.hca_entries
+        store = None if entries is None else cache.entries[self.layer]
+        o_THC = build.ops.attention(q_THC, rows_NC, step, self.attn_sink, self.scale, store, entries, selected_TS)
+        build.ops.rotate(o_THC, rotation, inverse=True)
+        return self._output(o_THC)
 
     def _output(self, o_THC: Tensor) -> Tensor:
         """Each group of heads through its own rows of wo_a, then all groups through wo_b."""

@@ -33,7 +33,5 @@ class ForwardBatch:
     """The same extents on the host, so that no layer has to wait for the device: tokens of each request,"""
     start_positions: tuple[int, ...]
     """and the position of its first token."""
-    layer_row_starts_LB: "torch.Tensor | None" = None
-    """Reserved for exact replay: in layer l only rows from this offset of each request are computed."""
     previous_hidden_TMD: "torch.Tensor | None" = None
     """Streams before hc_head of the token before each row; read by the MTP block only."""

@@ -40,12 +40,13 @@ class Compressor(CheckpointModule):
                 name=prefix + name, dtype=self.build.float_code, shape=tuple(part.shape), destination=part
             )
 
-    def forward(self, x_TD: Tensor, plan: CompressPlan, accumulators: Tensor, store: RowStore) -> None:
+    def forward(self, x_TD: Tensor, plan: CompressPlan, accumulators: Tensor, store: RowStore | None) -> None:
+        """Without a store the accumulators advance and the entries are dropped: pages hold them already."""
         build, config = self.build, self.build.config
         values, scores = build.ops.linear_fp32(x_TD, self.wkv_gate.flatten(0, 1)).chunk(2, dim=1)
         scores = scores + self.ape.index_select(0, plan.phase_T)
         entries = build.ops.compress(values, scores, plan, accumulators, overlap=self.overlap)
-        if entries.shape[0] == 0:
+        if store is None or entries.shape[0] == 0:
             return
         rows = build.ops.rotate(self.norm(entries.to(build.dtype)), plan.emit_rotation)
         if build.numerics == "official":

@@ -5,7 +5,7 @@ from torch import Tensor
 from model.build import Build, CheckpointModule
 from model.compressor import Compressor
 from model.config import CSA_RATIO
-from model.kv_cache import KVCache
+from model.kv_cache import RowStore
 from model.linear import Linear
 from model.ops.reference import quant
 from model.step import Step
@@ -21,12 +21,9 @@ class Indexer(CheckpointModule):
         self.weights_proj = Linear(build, c.hidden_size, c.index_n_heads, quantized=False)
         self.compressor = Compressor(build, c.index_head_dim, CSA_RATIO, overlap=True, index_keys=True)
 
-    def forward(self, x_TD: Tensor, qr_TQ: Tensor, step: Step, cache: KVCache, layer: int) -> Tensor | None:
+    def forward(self, x_TD: Tensor, qr_TQ: Tensor, step: Step, keys: RowStore) -> Tensor | None:
         """Selected entries [T, S], or None when every token sees no more than `index_topk`: all are selected."""
         build, c = self.build, self.build.config
-        keys, accumulators = cache.index_keys[layer], cache.index_accumulators[layer]
-        assert keys is not None and accumulators is not None
-        self.compressor(x_TD, step.csa_compress, accumulators, keys)
         if step.csa_entries.most_visible <= c.index_topk:
             return None
         q_TIJ = self.wq_b(qr_TQ).unflatten(1, (c.index_n_heads, c.index_head_dim))

@@ -8,6 +8,8 @@
              CSA layer   two online softmax accumulators (max, sum, weighted sum; fp32) for the entry in progress and
                          for the overlap of the next one, of the main compressor and of the index compressor
              HCA layer   one accumulator
+    snapshot   a slot at a position p, packed: the last `sliding_window - 1` window rows before p of every layer, and
+               the accumulators. It holds all that a request needs beside its pages to go on at p.
 
 The same functions plan, allocate, admit and document (architecture 4.1-4.3; kv-and-scheduling 8.1).
 """
@@ -15,7 +17,7 @@ The same functions plan, allocate, admit and document (architecture 4.1-4.3; kv-
 from dataclasses import dataclass
 from typing import Literal
 
-from model.config import CSA_RATIO, HCA_RATIO, ModelConfig
+from model.config import CSA_RATIO, HCA_RATIO, LayerKind, ModelConfig
 
 PAGE_TOKENS = 256
 FP8_BLOCK = 64
@@ -93,11 +95,26 @@ class KVLayout:
 
     @property
     def bytes_per_slot(self) -> int:
+        return self.config.num_hidden_layers * self.window_ring * self.bytes_per_row + self._accumulator_bytes
+
+    @property
+    def snapshot_window_rows(self) -> int:
+        """Window rows of each layer that the next token sees beside its own."""
+        return self.config.sliding_window - 1
+
+    @property
+    def bytes_per_snapshot(self) -> int:
+        """A snapshot at any position; one before `snapshot_window_rows` has room to spare."""
+        window = self.config.num_hidden_layers * self.snapshot_window_rows * self.bytes_per_row
+        return window + self._accumulator_bytes
+
+    @property
+    def _accumulator_bytes(self) -> int:
+        """Of all layers of one slot."""
         c = self.config
-        window = c.num_hidden_layers * self.window_ring * self.bytes_per_row
         accumulator = _ACCUMULATOR_FIELDS * _FP32_BYTES
         csa = len(c.layers_of("csa")) * 2 * accumulator * (c.head_dim + c.index_head_dim)
-        return window + csa + len(c.layers_of("hca")) * accumulator * c.head_dim
+        return csa + len(c.layers_of("hca")) * accumulator * c.head_dim
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
@@ -106,3 +123,45 @@ class KVLayout:
     def bytes_for(self, num_tokens: int) -> int:
         """Bytes of pages that a request of `num_tokens` tokens holds (its slot is not included)."""
         return self.pages_for(num_tokens) * self.bytes_per_page
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReplay:
+    """What one layer computes so that a slot at position p can be rebuilt from tokens and pages.
+
+    Each field is the first token of a range that ends at p; p where the range is empty.
+    """
+
+    start: int
+    """Rows that enter the layer: their latent rows are made."""
+    fold: int
+    """Rows folded into the accumulators: whole groups, so that the first one begins empty."""
+    output: int
+    """Rows whose attention and experts are computed, because the next layer needs them."""
+
+
+def replay_layers(config: ModelConfig, position: int) -> tuple[LayerReplay, ...]:
+    """Rows of each layer in an exact replay to `position`: a triangle, `sliding_window - 1` rows wider in each layer
+    below (kv-and-scheduling 0.5)."""
+    window = config.sliding_window - 1
+    layers: list[LayerReplay] = []
+    output = position
+    for kind in reversed(config.layer_kinds):
+        fold = _first_folded(kind, position)
+        seen = position if output == position else output - window
+        start = max(0, min(position - window, fold, output, seen))
+        layers.append(LayerReplay(start=start, fold=fold, output=output))
+        output = start
+    return tuple(reversed(layers))
+
+
+def replay_rows(config: ModelConfig, position: int) -> int:
+    """Tokens before `position` whose ids an exact replay reads; all of them where there are fewer."""
+    return position - replay_layers(config, position)[0].start
+
+
+def _first_folded(kind: LayerKind, position: int) -> int:
+    if kind == "csa":
+        # The entry in progress mixes its own group with the one before it.
+        return max(0, position // CSA_RATIO * CSA_RATIO - CSA_RATIO)
+    return position // HCA_RATIO * HCA_RATIO if kind == "hca" else position

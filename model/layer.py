@@ -9,6 +9,7 @@ from model.hyper_connections import HyperSites
 from model.kv_cache import KVCache, RowStore
 from model.moe import MoE
 from model.norm import RMSNorm
+from model.replay import ReplayRows
 from model.step import Step
 
 
@@ -26,10 +27,20 @@ class Layer(HyperSites):
 
     def block(self, x_TMD: Tensor, step: Step, cache: KVCache, window: RowStore) -> Tensor:
         """[T, M, D]; `window` is the ring of this layer."""
-        ops = self.build.ops
         a_TD, post, comb = self.hyper_pre("attn", x_TMD)
         y_TD = self.attn(self.attn_norm(a_TD), step, cache, window)
-        x_TMD = ops.hyper_post(y_TD, x_TMD, post, comb)
+        return self._experts(self.build.ops.hyper_post(y_TD, x_TMD, post, comb), step)
+
+    def replay(self, x_NMD: Tensor, rows: ReplayRows, cache: KVCache, window: RowStore) -> Tensor:
+        """Rebuild this layer's part of a slot; streams [O, M, D] of the last O of the rows that enter."""
+        a_ND, post, comb = self.hyper_pre("attn", x_NMD)
+        y_OD = self.attn.replay(self.attn_norm(a_ND), rows, cache, window)
+        if rows.output is None:
+            return x_NMD[:0]
+        last = slice(-rows.output.num_tokens, None)
+        return self._experts(self.build.ops.hyper_post(y_OD, x_NMD[last], post[last], comb[last]), rows.output)
+
+    def _experts(self, x_TMD: Tensor, step: Step) -> Tensor:
         a_TD, post, comb = self.hyper_pre("ffn", x_TMD)
         y_TD = self.ffn(self.ffn_norm(a_TD), step.batch.token_ids_T)
-        return ops.hyper_post(y_TD, x_TMD, post, comb)
+        return self.build.ops.hyper_post(y_TD, x_TMD, post, comb)

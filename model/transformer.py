@@ -24,6 +24,7 @@ from model.ops.registry import OpTable
 from model.ops.table import resolve_ops
 from model.parallel import ParallelGroup
 from model.quant import WeightFormat
+from model.replay import replay_steps
 from model.rope import Rope
 from model.step import Step
 from model.tensors import CheckpointTensor
@@ -105,6 +106,19 @@ class Transformer(HyperSites):
             assert isinstance(layer, Layer)
             x_TMD = layer.block(x_TMD, step, cache, window)
         return x_TMD
+
+    def replay(self, batch: ForwardBatch, cache: KVCache, position: int) -> None:
+        """Rebuild the slot of one request at `position` from its tokens and pages; pages are read, never written.
+
+        `batch`: consecutive tokens of that request. The first batch of a replay starts `replay_rows` tokens before
+        `position`, in a slot that has been reset; the last one ends at `position`. Batches may be cut anywhere.
+        """
+        x_NMD = expand_streams(self.build, self.embed(batch.token_ids_T))
+        for layer, window, rows in zip(
+            self.layers, cache.windows, replay_steps(batch, cache.layout, self.rope, position), strict=False
+        ):
+            assert isinstance(layer, Layer)
+            x_NMD = layer.replay(x_NMD, rows, cache, window)
 
     def logits(self, hidden_LD: Tensor) -> Tensor:
         """fp32 [L, V] of hidden states that `forward` returned."""

@@ -13,6 +13,7 @@ from engine.executor import Executor, StepError
 from engine.messages import SamplingParams
 from engine.plan import NewRequest, ScheduledTokens, StepPlan, StepResult
 from engine.runner import memory
+from engine.runner.host_store import HostPages, SnapshotArena
 from engine.runner.model_runner import ModelRunner
 from engine.runner.penalties import PenaltyCounts
 from engine.runner.request_table import RequestTable
@@ -64,7 +65,7 @@ class ModelExecutor:
     """Implements `engine.executor.Executor`."""
 
     def __init__(self, config: ResolvedConfig, transformer: Transformer) -> None:
-        """Allocates pages, slots and the penalties' counts for a loaded model."""
+        """Allocates pages, slots, their places in host memory and the penalties' counts for a loaded model."""
         self.config = config
         self.model: ModelConfig = transformer.config
         self.eos_token_id = self.model.eos_token_id
@@ -83,7 +84,14 @@ class ModelExecutor:
             eos_token_id=self.eos_token_id,
             counts=PenaltyCounts(config.max_num_seqs, self.model.vocab_size, device),
         )
-        self._runner: ModelRunner | None = ModelRunner(transformer, cache, table, device)
+        self._runner: ModelRunner | None = ModelRunner(
+            transformer,
+            cache,
+            table,
+            HostPages(cache, config.num_host_pages),
+            SnapshotArena(cache, config.num_snapshots),
+            replay_tokens=config.max_num_batched_tokens,
+        )
 
     def execute(self, plan: StepPlan) -> StepResult:
         """See `Executor.execute`. Running out of memory costs the step's requests, not the engine."""
@@ -115,7 +123,7 @@ class ModelExecutor:
         if first.failed:
             raise RuntimeError(f"the first step of this model failed: {first.failed['warm-up']}")
         if length < config.max_model_len:
-            rows = replace(rows, start=length, num_tokens=1, new_page_ids=())
+            rows = ScheduledTokens(request_id="warm-up", start=length, num_tokens=1, new_page_ids=(), samples=True)
             self.execute(StepPlan(step_id=0, scheduled=(rows,)))
         self.execute(StepPlan(step_id=0, finished=("warm-up",)))
 
@@ -123,7 +131,8 @@ class ModelExecutor:
         """Every byte the engine holds or has planned for, in one line."""
         assert self._runner is not None, "the executor is closed"
         config, layout = self.config, self.config.layout(self.model)
-        transformer, counts = self._runner.model, self._runner.table.counts
+        runner = self._runner
+        transformer, counts = runner.model, runner.table.counts
         weights = sum(t.nbytes for t in (*transformer.parameters(), *transformer.buffers()))
         workspace = workspace_bytes(
             self.model,
@@ -137,7 +146,10 @@ class ModelExecutor:
             f"{config.num_pages * layout.bytes_per_page} bytes ({config.num_pages * layout.page_tokens} tokens); "
             f"{config.max_num_seqs} slots x {layout.bytes_per_slot} = "
             f"{config.max_num_seqs * layout.bytes_per_slot} bytes; workspace {workspace} bytes "
-            f"({counts.allocated_bytes} of them for penalties)"
+            f"({counts.allocated_bytes} of them for penalties); host: {config.num_snapshots} snapshots x "
+            f"{layout.bytes_per_snapshot} = {runner.snapshots.allocated_bytes} bytes, {config.num_host_pages} pages = "
+            f"{runner.host_pages.allocated_bytes} bytes, staged through "
+            f"{runner.snapshots.staging_bytes + runner.host_pages.staging_bytes} bytes of the device"
         )
 
     def close(self) -> None:

@@ -29,11 +29,32 @@ def build_inputs(scheduled: tuple[ScheduledTokens, ...], table: RequestTable, de
     starts_B = np.array([s.start for s in scheduled], dtype=np.int64)
     lens_B = np.array([s.num_tokens for s in scheduled], dtype=np.int64)
     samples_B = np.array([s.samples for s in scheduled], dtype=bool)
-    ends_B = starts_B + lens_B
-    num_pages = _check(scheduled, table, slots_B, ends_B, lens_B, samples_B)
+    _check(scheduled, table, slots_B, starts_B + lens_B, samples_B)
+    batch = _batch(table, slots_B, starts_B, lens_B, samples_B, device)
+    sampling = tuple(s.request_id for s in scheduled if s.samples)
+    return StepInputs(batch=batch, request_ids=sampling, slots_L=slots_B[samples_B])
 
+
+def rows_of(table: RequestTable, slot: int, start: int, stop: int, device: torch.device) -> ForwardBatch:
+    """Tokens start .. stop of one request, none of which samples."""
+    slots_B, starts_B, lens_B = (np.array([n], dtype=np.int64) for n in (slot, start, stop - start))
+    return _batch(table, slots_B, starts_B, lens_B, np.array([False]), device)
+
+
+def _batch(
+    table: RequestTable,
+    slots_B: np.ndarray,
+    starts_B: np.ndarray,
+    lens_B: np.ndarray,
+    samples_B: np.ndarray,
+    device: torch.device,
+) -> ForwardBatch:
+    num_requests, ends_B = len(slots_B), starts_B + lens_B
+    pages_B = -(-ends_B // PAGE_TOKENS)
+    assert (pages_B <= table.num_pages_S[slots_B]).all(), "rows outside their request's pages"
+    num_pages = int(pages_B.max())
     query_start_B1 = np.concatenate([[0], np.cumsum(lens_B)])
-    request_index_T = np.repeat(np.arange(len(scheduled)), lens_B)
+    request_index_T = np.repeat(np.arange(num_requests), lens_B)
     positions_T = np.arange(query_start_B1[-1]) + (starts_B - query_start_B1[:-1])[request_index_T]
     rows = zip(slots_B.tolist(), starts_B.tolist(), ends_B.tolist(), strict=True)
     token_ids_T = np.concatenate([table.token_ids(*row) for row in rows])
@@ -48,20 +69,18 @@ def build_inputs(scheduled: tuple[ScheduledTokens, ...], table: RequestTable, de
         query_start_B1[1:][samples_B] - 1,
     )
     tokens, positions, request_index, query_start, seq_lens, page_table, slots, logits_index = _transfer(fields, device)
-    batch = ForwardBatch(
+    return ForwardBatch(
         token_ids_T=tokens,
         positions_T=positions,
         request_index_T=request_index,
         query_start_B1=query_start,
         seq_lens_B=seq_lens,
-        page_table_BP=page_table.view(len(scheduled), num_pages),
+        page_table_BP=page_table.view(num_requests, num_pages),
         slot_B=slots,
         logits_index_L=logits_index,
         query_lens=tuple(lens_B.tolist()),
         start_positions=tuple(starts_B.tolist()),
     )
-    sampling = tuple(s.request_id for s in scheduled if s.samples)
-    return StepInputs(batch=batch, request_ids=sampling, slots_L=slots_B[samples_B])
 
 
 def _check(
@@ -69,19 +88,15 @@ def _check(
     table: RequestTable,
     slots_B: np.ndarray,
     ends_B: np.ndarray,
-    lens_B: np.ndarray,
     samples_B: np.ndarray,
-) -> int:
-    """Assert that a plan touches its own requests' memory only; returns the pages of the longest request."""
+) -> None:
+    """Assert that a plan asks for what can be computed."""
     ids = [s.request_id for s in scheduled]
     assert len(set(ids)) == len(ids), "a request is scheduled twice"
-    assert lens_B.min() > 0, "a request without rows"
+    assert all(s.num_tokens > 0 for s in scheduled), "a request without rows"
     known_B = table.num_tokens_S[slots_B]
     assert (ends_B <= known_B).all(), "rows of tokens that are not known yet"
     assert (samples_B == (ends_B == known_B)).all(), "a token is sampled from the last known token and from no other"
-    pages_B = -(-ends_B // PAGE_TOKENS)
-    assert (pages_B <= table.num_pages_S[slots_B]).all(), "rows outside their request's pages"
-    return int(pages_B.max())
 
 
 def _transfer(fields: tuple[np.ndarray, ...], device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -61,6 +61,7 @@ def measure(config: EngineConfig, device: Literal["cpu", "cuda"]) -> MachineFact
         has_bf16=has_fast_bf16(device),
         free_bytes=free_bytes(config, device),
         num_cores=num_cores(),
+        host_free_bytes=max(0, _available_bytes() - CPU_MARGIN_BYTES),
     )
 
 

@@ -1,7 +1,8 @@
-"""Runs step plans on the model: apply the plan's news to the table, one forward pass, one sampler call."""
+"""Runs step plans on the model: news to the table, copies, replays, one forward pass, one sampler call, snapshots."""
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -9,42 +10,101 @@ from torch import Tensor
 
 from engine.config import SAMPLER_ELEMENTS
 from engine.plan import StepPlan, StepResult, TokenLogprobs
-from engine.runner.inputs import StepInputs, build_inputs
+from engine.runner.host_store import HostPages, SnapshotArena
+from engine.runner.inputs import StepInputs, build_inputs, rows_of
 from engine.runner.request_table import RequestTable
 from engine.runner.sampler import Sampled, SamplingBatch, sample
 from model.kv_cache import KVCache
+from model.kv_layout import replay_rows
 from model.transformer import Transformer
-
-_LATER_FIELDS = ("slot_restores", "slot_snapshots", "page_loads", "page_spills", "layer_row_starts")
-"""Parts of a plan that no scheduler fills yet."""
 
 
 class ModelRunner:
     """One model, its cache and its requests, on one device."""
 
-    def __init__(self, model: Transformer, cache: KVCache, table: RequestTable, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        cache: KVCache,
+        table: RequestTable,
+        host_pages: HostPages,
+        snapshots: SnapshotArena,
+        *,
+        replay_tokens: int,
+    ) -> None:
+        """`replay_tokens`: most rows of a replay that are computed at once."""
         self.model = model
         self.cache = cache
         self.table = table
-        self.device = device
+        self.host_pages = host_pages
+        self.snapshots = snapshots
+        self.device = cache.device
+        self._replay_tokens = replay_tokens
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run a plan. An exception may leave rows of the scheduled requests half written, and of no others.
-
-        Raises:
-            RuntimeError: the plan asks for something that this runner does not do.
-        """
+        """Run a plan, in the order that `StepPlan` states. An exception may leave pages and slots of the plan's own
+        requests half written, and of no others."""
         started = time.perf_counter()
         for request_id in plan.finished:
             self.table.remove(request_id)
-        for field in _LATER_FIELDS:
-            if getattr(plan, field):
-                raise RuntimeError(f"StepPlan.{field}: this runner cannot do that")
-        self._apply(plan)
+        self._learn(plan)
+        self._move(plan)
+        for request_id, slot, position in plan.replays:
+            assert self.table.slot(request_id) == slot, f"{request_id} is not in slot {slot}"
+            self._replay(slot, position)
+        result = self._compute(plan)
+        for slot, position, snapshot in plan.slot_snapshots:
+            assert self.table.num_computed_S[slot] == position, (
+                f"slot {slot} stands at {self.table.num_computed_S[slot]}, not at {position}"
+            )
+            self.snapshots.save(slot, position, snapshot)
+        return replace(result, seconds=time.perf_counter() - started)
+
+    def _learn(self, plan: StepPlan) -> None:
+        """New requests and new pages."""
+        for new in plan.new:
+            self.table.add(new)
+        for rows in plan.scheduled:
+            if rows.new_page_ids:
+                self.table.append_pages(self.table.slot(rows.request_id), rows.new_page_ids)
+
+    def _move(self, plan: StepPlan) -> None:
+        """Everything that is copied before the first row is computed."""
+        for page, host_page in plan.page_spills:
+            self.host_pages.spill(page, host_page)
+        for host_page, page in plan.page_loads:
+            self.host_pages.load(host_page, page)
+        if plan.page_copies:
+            self.cache.copy_pages(
+                self._ids([copy.source for copy in plan.page_copies]),
+                self._ids([copy.target for copy in plan.page_copies]),
+            )
+        cold = [new.slot for new in plan.new if new.num_computed_tokens == 0]
+        if cold:
+            self.cache.reset_slots(self._ids(cold))
+        for slot, snapshot, position in plan.slot_restores:
+            self.snapshots.restore(slot, snapshot, position)
+            self.table.num_computed_S[slot] = position
+
+    def _replay(self, slot: int, position: int) -> None:
+        self.cache.reset_slots(self._ids([slot]))
+        first = position - replay_rows(self.model.config, position)
+        for start in range(first, position, self._replay_tokens):
+            stop = min(start + self._replay_tokens, position)
+            self.model.replay(rows_of(self.table, slot, start, stop, self.device), self.cache, position)
+        self.table.num_computed_S[slot] = position
+
+    def _compute(self, plan: StepPlan) -> StepResult:
         if not plan.scheduled:
-            return StepResult(step_id=plan.step_id, seconds=time.perf_counter() - started)
+            return StepResult(step_id=plan.step_id)
         inputs = build_inputs(plan.scheduled, self.table, self.device)
+        for rows in plan.scheduled:
+            slot = self.table.slot(rows.request_id)
+            assert self.table.num_computed_S[slot] == rows.start, (
+                f"{rows.request_id}: row {rows.start}, but its slot stands at {self.table.num_computed_S[slot]}"
+            )
+            self.table.num_computed_S[slot] += rows.num_tokens
         token_ids, logprobs, failed = self._sample(self._forward(inputs), inputs)
         return StepResult(
             step_id=plan.step_id,
@@ -52,22 +112,7 @@ class ModelRunner:
             token_ids=token_ids,
             logprobs=logprobs,
             failed=failed,
-            seconds=time.perf_counter() - started,
         )
-
-    def _apply(self, plan: StepPlan) -> None:
-        for new in plan.new:
-            self.table.add(new)
-        if plan.new:
-            self.cache.reset_slots(self._ids([new.slot for new in plan.new]))
-        for rows in plan.scheduled:
-            if rows.new_page_ids:
-                self.table.append_pages(self.table.slot(rows.request_id), rows.new_page_ids)
-        if plan.page_copies:
-            self.cache.copy_pages(
-                self._ids([copy.source for copy in plan.page_copies]),
-                self._ids([copy.target for copy in plan.page_copies]),
-            )
 
     def _forward(self, inputs: StepInputs) -> Tensor | None:
         """Hidden states of the rows that sample; None when no row does (then the head is not computed)."""

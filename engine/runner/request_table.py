@@ -26,6 +26,8 @@ class RequestTable:
         self.num_pages_S = np.zeros(num_slots, dtype=np.int64)
         self.num_tokens_S = np.zeros(num_slots, dtype=np.int64)
         """Tokens known: prompt and output."""
+        self.num_computed_S = np.zeros(num_slots, dtype=np.int64)
+        """Tokens that the slot stands behind; -1 while a resumed request's slot is neither restored nor replayed."""
         self._max_pages = max_pages
         self._eos_token_id = eos_token_id
         self._slots: dict[str, int] = {}
@@ -59,12 +61,14 @@ class RequestTable:
         assert new.request_id not in self._slots, f"{new.request_id} is new twice"
         assert self._owners[slot] is None, f"slot {slot} belongs to {self._owners[slot]}"
         assert known >= new.num_prompt_tokens >= 1
+        assert 0 <= new.num_computed_tokens < known, "a resumed request computes at least its last known token"
         self._slots[new.request_id] = slot
         self._owners[slot] = new.request_id
         tokens = np.empty(known + min(sampling.max_tokens, _SPARE_TOKENS), dtype=np.int32)
         tokens[:known] = new.token_ids
         self._tokens[slot] = tokens
         self.num_tokens_S[slot] = known
+        self.num_computed_S[slot] = -1 if new.num_computed_tokens else 0
         self._num_prompt_S[slot] = new.num_prompt_tokens
         self.page_ids_SP[slot] = 0
         self.num_pages_S[slot] = 0

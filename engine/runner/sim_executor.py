@@ -167,7 +167,7 @@ class SimExecutor:
             plan.slot_snapshots,
             plan.page_loads,
             plan.page_spills,
-            plan.layer_row_starts,
+            plan.replays,
         )
         assert not any(reserved), "the simulated executor moves no pages and restores no slots"
 

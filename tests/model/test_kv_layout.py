@@ -53,3 +53,19 @@ def test_slot_counts_every_piece() -> None:
 def test_pages_round_up() -> None:
     nano = layout("nano")
     assert [nano.pages_for(n) for n in (0, 1, 255, 256, 257)] == [0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(("name", "mib"), [("flash", 3.6), ("pro", 5.1)])
+def test_snapshot_stays_within_the_budget(name: str, mib: float) -> None:
+    """FP8 rows; room for drafts is part of a slot, not of a snapshot."""
+    assert layout(name).bytes_per_snapshot / 2**20 <= mib
+    with_drafts = KVLayout(config=preset(name), row_format="fp8", index_format="fp8", draft_rows=16)
+    assert with_drafts.bytes_per_snapshot == layout(name).bytes_per_snapshot < with_drafts.bytes_per_slot
+
+
+def test_snapshot_counts_every_piece() -> None:
+    nano = layout("nano", "float32", "float32")
+    window = 6 * 127 * 128 * 4
+    csa = 2 * 2 * 3 * 4 * (128 + 64)
+    hca = 2 * 3 * 4 * 128
+    assert nano.bytes_per_snapshot == window + csa + hca

@@ -181,6 +181,9 @@ class Lab:
     def hand(self, *, deterministic: bool = True, page_order: list[int] | None = None, **flags: Any) -> Hand:
         return Hand(ModelExecutor(self.resolved(**flags), self.models[deterministic]), page_order)
 
+    def executor(self, resolved: ResolvedConfig) -> ModelExecutor:
+        return ModelExecutor(resolved, self.models[True])
+
     def prompt(self, length: int, seed: int = 0) -> list[int]:
         return np.random.default_rng(seed).integers(2, self.models[True].config.vocab_size, length).tolist()
 
@@ -189,6 +192,23 @@ class Lab:
 def lab() -> Lab:
     config = small_config()
     return Lab({flag: random_transformer(config, deterministic=flag) for flag in (True, False)})
+
+
+@pytest.fixture(scope="session")
+def short_lab() -> Lab:
+    """A model of all layer kinds whose window is short, so that a replay is a triangle of some dozen rows."""
+    config = replace(
+        small_config(),
+        hidden_size=32,
+        head_dim=32,
+        qk_rope_head_dim=8,
+        num_hidden_layers=4,
+        compress_ratios=(0, 4, 128, 4),
+        num_hash_layers=1,
+        sliding_window=16,
+        index_n_heads=8,
+    )
+    return Lab({True: random_transformer(config, deterministic=True)})
 
 
 @pytest.fixture

@@ -189,27 +189,12 @@ def test_page_copies_move_whole_pages(lab: Any) -> None:
     sequence = hand.start(lab.prompt(300))
     hand.step((sequence, 300))
     cache = hand.executor._runner.cache
-    pages = [t.view(cache.num_pages, -1) for t in cache._page_tensors()]
+    pages = [t.transpose(0, 1) for t in cache._pages()]
     assert not any(torch.equal(t[0], t[7]) for t in pages)
     copies = (PageCopy(source=0, target=7), PageCopy(source=1, target=9))
     result = hand.executor.execute(StepPlan(step_id=2, page_copies=copies))
     assert result.request_ids == () and result.step_id == 2
     assert all(torch.equal(t[0], t[7]) and torch.equal(t[1], t[9]) for t in pages)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("slot_restores", ((0, 1),)),
-        ("slot_snapshots", ((0, 128, 1),)),
-        ("page_loads", ((0, 1),)),
-        ("page_spills", ((0, 1),)),
-        ("layer_row_starts", ((0, 0),)),
-    ],
-)
-def test_parts_of_a_plan_that_are_not_understood_are_refused(lab: Any, field: str, value: Any) -> None:
-    with pytest.raises(RuntimeError, match=f"StepPlan.{field}"):
-        lab.hand().executor.execute(StepPlan(step_id=1, **{field: value}))
 
 
 def test_finished_requests_may_be_unknown_and_plans_may_be_empty(lab: Any) -> None:

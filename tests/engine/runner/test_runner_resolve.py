@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 
 from engine.config import (
+    CPU_HOST_MOST_BYTES,
     CPU_KV_MOST_BYTES,
+    CUDA_HOST_MOST_BYTES,
     EngineConfig,
     EngineConfigError,
     MachineFacts,
+    host_places,
     resolve,
     resolve_formats,
     workspace_bytes,
@@ -159,3 +162,60 @@ def test_model_len_that_fits_exactly() -> None:
 def test_refusals_name_the_flag_and_the_numbers(changes: dict[str, Any], facts: MachineFacts, message: str) -> None:
     with pytest.raises(EngineConfigError, match=message):
         resolve(flags(**changes), preset("nano"), facts)
+
+
+def host_bytes(resolved: Any, shape: Any) -> int:
+    layout = resolved.layout(shape)
+    return resolved.num_host_pages * layout.bytes_per_page + resolved.num_snapshots * layout.bytes_per_snapshot
+
+
+@pytest.mark.parametrize(
+    ("facts", "most"),
+    [
+        (CPU, 5 * GIB // 4),
+        (replace(CPU, free_bytes=100 * GIB), CPU_HOST_MOST_BYTES),
+        (replace(GPU, host_free_bytes=40 * GIB), 10 * GIB),
+        (replace(GPU, host_free_bytes=1000 * GIB), CUDA_HOST_MOST_BYTES),
+        (GPU, 0),
+    ],
+)
+def test_default_of_host_memory(facts: MachineFacts, most: int) -> None:
+    """An eighth of what a CPU engine leaves, a quarter of a GPU's host; both bounded."""
+    shape = preset("nano")
+    resolved = resolve(flags(kv_cache_bytes=2 * GIB, max_num_seqs=8), shape, facts)
+    assert most - most // 4 < host_bytes(resolved, shape) + 1 <= most + 1
+    assert (resolved.num_snapshots > 0) == (most > 0)
+    if facts.device == "cpu":
+        assert host_bytes(resolved, shape) <= (facts.free_bytes - 2 * GIB) // 8
+
+
+def test_host_memory_as_asked_for() -> None:
+    shape = preset("flash")
+    facts = replace(GPU, host_free_bytes=64 * GIB)
+    resolved = resolve(flags(host_cache_bytes=64 * GIB, kv_cache_dtype="fp8"), shape, facts)
+    layout = resolved.layout(shape)
+    assert 64 * GIB - layout.bytes_per_page < host_bytes(resolved, shape) <= 64 * GIB
+    assert resolved.num_snapshots == 16 * GIB // layout.bytes_per_snapshot
+    none = resolve(flags(host_cache_bytes=0), shape, facts)
+    assert (none.num_host_pages, none.num_snapshots) == (0, 0)
+    with pytest.raises(EngineConfigError, match=r"host_cache_bytes: 68719476737 bytes do not fit: 68719476736 bytes"):
+        resolve(flags(host_cache_bytes=64 * GIB + 1), shape, facts)
+    with pytest.raises(EngineConfigError, match=r"host_cache_bytes: expected at least 0, found -1"):
+        resolve(flags(host_cache_bytes=-1), shape, facts)
+
+
+def test_host_memory_of_a_cpu_engine_comes_from_the_same_memory() -> None:
+    config = flags(kv_cache_bytes=4 * GIB, host_cache_bytes=8 * GIB, max_num_seqs=4)
+    with pytest.raises(EngineConfigError, match=r"host_cache_bytes: 8589934592 bytes do not fit: \d+ bytes"):
+        resolve(config, preset("nano"), CPU)
+    assert resolve(replace(config, host_cache_bytes=7 * GIB), preset("nano"), CPU).num_host_pages > 0
+
+
+def test_host_places_at_the_edges() -> None:
+    layout = resolve(flags(), preset("nano"), CPU).layout(preset("nano"))
+    snapshot, page = layout.bytes_per_snapshot, layout.bytes_per_page
+    assert host_places(0, layout) == (0, 0)
+    assert host_places(snapshot - 1, layout) == ((snapshot - 1) // page, 0)
+    assert host_places(snapshot, layout) == (0, 1)
+    assert host_places(snapshot + page, layout) == (1, 1)
+    assert host_places(8 * snapshot, layout) == (6 * snapshot // page, 2)
