@@ -43,6 +43,23 @@ class EngineConfig:
     """Share of the GPU's memory that weights, pages, slots and workspace may take together."""
     num_threads: int | None = None
     """CPU threads of the engine; None: all cores but none more than there are."""
+    step_seconds: float | None = None
+    """How long a step may take, as the engine predicts it: the gap between two tokens of a running answer. None: 0.06
+    on a GPU, 0.2 on a CPU."""
+    interactive_ttft_seconds: float = 1.0
+    """Time to first token that prompts under `long_prompt_tokens` should have, beside three times their own work."""
+    long_ttft_seconds: float = 10.0
+    """The same for longer prompts."""
+    interactive_itl_seconds: float | None = None
+    """Longest gap between two tokens while short requests decode; None: `step_seconds`."""
+    long_itl_seconds: float | None = None
+    """The same while only long requests decode."""
+    long_prompt_tokens: int = 262_144
+    """Prompts of at least this many tokens are long: they run behind the others, with shares of their own."""
+    long_prefill_share: float = 0.25
+    """Least share of the prompt time of the steps that one long prompt gets while shorter ones compete."""
+    long_page_share: float = 0.7
+    """Most of the pages that long requests may hold while shorter ones wait."""
     simulate: bool = False
     """Run without a model (deterministic tokens and a cost model); for tests of everything around the model."""
 
@@ -61,6 +78,29 @@ class MachineFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulingConfig:
+    """Goals and shares of the scheduler, all settled."""
+
+    step_seconds: float = 0.06
+    interactive_ttft_seconds: float = 1.0
+    long_ttft_seconds: float = 10.0
+    interactive_itl_seconds: float = 0.06
+    long_itl_seconds: float = 0.06
+    long_prompt_tokens: int = 262_144
+    long_prefill_share: float = 0.25
+    long_page_share: float = 0.7
+    output_quantile: float = 1.0
+    """Share of answers whose pages are reserved in whole; 1: all that a request may ever have, no overbooking."""
+
+    def ttft_seconds(self, service: int) -> float:
+        """Goal of a service class: 0 interactive, 1 long."""
+        return self.long_ttft_seconds if service else self.interactive_ttft_seconds
+
+    def itl_seconds(self, service: int) -> float:
+        return self.long_itl_seconds if service else self.interactive_itl_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig:
     """Every choice made; printable, and the same for every rank."""
 
@@ -76,6 +116,7 @@ class ResolvedConfig:
     max_num_batched_tokens: int
     num_pages: int
     num_threads: int
+    scheduling: SchedulingConfig = SchedulingConfig()
 
     def layout(self, model: ModelConfig) -> KVLayout:
         return KVLayout(config=model, row_format=self.row_format, index_format=self.index_format)
@@ -93,6 +134,8 @@ SMALL_HIDDEN_SIZE = 512
 """Below this width a CPU step is dispatch, not arithmetic: bfloat16 gains nothing there and float32 is exact."""
 GPU_BATCHED_TOKENS = 8192
 CPU_BATCHED_TOKENS = 1024
+GPU_STEP_SECONDS = 0.06
+CPU_STEP_SECONDS = 0.2
 MOST_SEQS = 256
 CPU_KV_SHARE = 4
 """Without `kv_cache_bytes` a CPU engine takes one part in this many of the free memory,"""
@@ -103,6 +146,13 @@ SLOT_SHARE = 4
 SAMPLER_ELEMENTS = 1 << 25
 """Most elements of one block of logits; longer batches are sampled block by block."""
 _SAMPLER_COPIES = 4
+_SECONDS = (
+    "step_seconds",
+    "interactive_ttft_seconds",
+    "long_ttft_seconds",
+    "interactive_itl_seconds",
+    "long_itl_seconds",
+)
 _ACTIVATION_COPIES = 24
 
 
@@ -205,6 +255,21 @@ def resolve(config: EngineConfig, model: ModelConfig, facts: MachineFacts) -> Re
         max_num_batched_tokens=batched_tokens,
         num_pages=num_pages,
         num_threads=config.num_threads or facts.num_cores,
+        scheduling=_scheduling(config, facts),
+    )
+
+
+def _scheduling(config: EngineConfig, facts: MachineFacts) -> SchedulingConfig:
+    step_seconds = config.step_seconds or (GPU_STEP_SECONDS if facts.device == "cuda" else CPU_STEP_SECONDS)
+    return SchedulingConfig(
+        step_seconds=step_seconds,
+        interactive_ttft_seconds=config.interactive_ttft_seconds,
+        long_ttft_seconds=config.long_ttft_seconds,
+        interactive_itl_seconds=config.interactive_itl_seconds or step_seconds,
+        long_itl_seconds=config.long_itl_seconds or step_seconds,
+        long_prompt_tokens=config.long_prompt_tokens,
+        long_prefill_share=config.long_prefill_share,
+        long_page_share=config.long_page_share,
     )
 
 
@@ -219,6 +284,18 @@ def _check_ranges(config: EngineConfig, facts: MachineFacts) -> None:
         raise EngineConfigError(
             f"gpu_memory_utilization: expected more than 0 and at most 1, found {config.gpu_memory_utilization}"
         )
+    for field in _SECONDS:
+        seconds: float | None = getattr(config, field)
+        if seconds is not None and not 0.0 < seconds < float("inf"):
+            raise EngineConfigError(f"{field}: expected more than 0 seconds, found {seconds}")
+    if config.long_prompt_tokens < 1:
+        raise EngineConfigError(f"long_prompt_tokens: expected at least 1, found {config.long_prompt_tokens}")
+    if not 0.0 <= config.long_prefill_share < 1.0:
+        raise EngineConfigError(
+            f"long_prefill_share: expected at least 0 and less than 1, found {config.long_prefill_share}"
+        )
+    if not 0.0 < config.long_page_share <= 1.0:
+        raise EngineConfigError(f"long_page_share: expected more than 0 and at most 1, found {config.long_page_share}")
     if config.num_threads is not None and config.num_threads > facts.num_cores:
         raise EngineConfigError(f"num_threads: {config.num_threads} is more than the {facts.num_cores} cores there are")
 

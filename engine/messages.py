@@ -59,6 +59,10 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     arrival_time: float = 0.0
     """Monotonic seconds."""
     trace_id: str | None = None
+    tenant: str = ""
+    """Whose share of the machine this is: the server's name of the API key, never the key."""
+    snapshot_positions: bytes = b""
+    """Positions (packed, ascending, within the prompt) at which a chunk must end so that a snapshot can be taken."""
 
 
 class AbortRequest(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
@@ -126,6 +130,23 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Of the last step."""
     step_tokens: int = 0
     """Of the last step."""
+    num_running_long: int = 0
+    """Of `num_running`; the others are interactive."""
+    num_waiting_long: int = 0
+    num_waiting_tokens: int = 0
+    """Known tokens of the waiting requests."""
+    backlog_seconds: float = 0.0
+    """Prompt work that is queued or begun, in seconds as predicted when it was queued."""
+    drain_seconds: float = 0.0
+    """How long the backlog takes at the pace measured lately: what to tell a client that comes too early."""
+    predicted_step_seconds: float = 0.0
+    """Of the last step."""
+    num_mispredicted_steps: int = 0
+    """Steps that took more than 15 % more or less than predicted; total since start."""
+    num_bypasses: int = 0
+    """Times a request started past another one that did not fit; total since start."""
+    num_recomputed_tokens: int = 0
+    """Rows computed again after a preemption; total since start."""
 
 
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):

@@ -1,15 +1,107 @@
-"""The scheduler's two opinions: who comes first, and how much memory a request must find before it starts."""
+"""Every opinion of the scheduler, as pure functions of plain data. Time is in predicted seconds, never in tokens.
 
-from engine.request import Request
+    due decode rows       all of them, in every step
+    what time is left     prompts, in this order: priority, class, tenant with least virtual time, least work left
+    but                   a share of it goes to one favoured prompt: a long one, or one that is past its goal
 
-QueueKey = tuple[int, float, int]
+The order keeps short prompts short (shortest remaining work first), the tenant's virtual time keeps one key from
+taking everything, and the share keeps a million-token prompt moving (kv-and-scheduling 7.3).
+"""
+
+from collections.abc import Iterable
+from enum import IntEnum
+
+from engine.config import SchedulingConfig
+
+TTFT_WORK_FACTOR = 3.0
+"""A prompt's first token is due after the goal of its class and this many times its own work."""
+LEAST_PREFILL_SHARE = 0.1
+"""Of a step's seconds, when the decode rows alone take all of them: prompts go on, slowly, whatever the model says."""
+LEAST_CHUNK = 32
+"""Rows worth a chunk; and what the first chunk of a step gets even if the model says that they take too long."""
+MOST_BEGUN = 8
+"""Prompts of one priority and the higher ones that are begun and not finished: each holds a slot and pages."""
+MOST_CHUNKS = 32
+"""In one step."""
+EXPECTED_QUANTILE = 0.5
+"""Of the answers of its class and tenant: what a request is expected to answer when its work is weighed."""
+UNKNOWN_ANSWER = 256
+"""The same while nothing is known; tokens."""
+MISPREDICTED = 0.15
+"""Relative error of a step's prediction beyond which it is counted."""
+MOST_SHORTAGES = 8
+"""Requests that may be found not to fit before a step stops looking for one that does."""
 
 
-def queue_key(request: Request) -> QueueKey:
-    """Lower runs first: priority, then arrival. Nobody is bypassed."""
-    return (request.priority, request.arrival_time, request.order)
+class ServiceClass(IntEnum):
+    """How a request is served; lower comes first."""
+
+    INTERACTIVE = 0
+    LONG = 1
 
 
-def tokens_to_reserve(request: Request, max_model_len: int) -> int:
-    """Tokens whose pages a request reserves when it is admitted: all it may ever have, for nothing is preempted."""
-    return min(request.num_prompt_tokens + request.sampling.max_tokens, max_model_len)
+OrderKey = tuple[int, int, float, float, float, int]
+
+
+def service_class(num_prompt_tokens: int, config: SchedulingConfig) -> ServiceClass:
+    return ServiceClass.LONG if num_prompt_tokens >= config.long_prompt_tokens else ServiceClass.INTERACTIVE
+
+
+def order_key(
+    *, priority: int, service: ServiceClass, tenant_seconds: float, work_seconds: float, arrival: float, order: int
+) -> OrderKey:
+    """Lower runs first: priority, class, the tenant that has had least, the least work left, arrival."""
+    return (priority, service, tenant_seconds, work_seconds, arrival, order)
+
+
+def step_seconds(decoding: Iterable[ServiceClass], config: SchedulingConfig) -> float:
+    """How long a step may take: the tightest ITL goal of the classes that decode; `step_seconds` without any."""
+    return min((config.itl_seconds(service) for service in decoding), default=config.step_seconds)
+
+
+def prefill_seconds(total: float, decode: float) -> float:
+    """What the decode rows leave of a step's seconds."""
+    return max(total - decode, LEAST_PREFILL_SHARE * total)
+
+
+def latest_start(arrival: float, service: ServiceClass, work_seconds: float, config: SchedulingConfig) -> float:
+    """When a prompt must be begun at the latest, undisturbed, to have its first token in time."""
+    return arrival + config.ttft_seconds(service) + (TTFT_WORK_FACTOR - 1.0) * work_seconds
+
+
+def slack(
+    now: float,
+    arrival: float,
+    service: ServiceClass,
+    work_seconds: float,
+    left_seconds: float,
+    config: SchedulingConfig,
+) -> float:
+    """Seconds that a prompt with `left_seconds` of its `work_seconds` to go may still lose; negative: it is late."""
+    return arrival + config.ttft_seconds(service) + TTFT_WORK_FACTOR * work_seconds - left_seconds - now
+
+
+def tokens_to_reserve(
+    *, num_tokens: int, num_prompt_tokens: int, max_tokens: int, expected_output: int | None, max_model_len: int
+) -> int:
+    """Tokens whose pages a request must find before it starts.
+
+    `expected_output` is a quantile of what such requests answer; None: nothing is known, or this one has been
+    preempted before and shall not be again, so all that it may ever have. At least one token past those known.
+    """
+    most = min(num_prompt_tokens + max_tokens, max_model_len)
+    if expected_output is None:
+        return most
+    return min(most, max(num_tokens + 1, num_prompt_tokens + expected_output))
+
+
+def long_share_binds(*, long_pages: int, pages_wanted: int, num_pages: int, config: SchedulingConfig) -> bool:
+    """Whether one more long request would take more than the share of long ones. Asked only while shorter ones wait;
+    the first long request is always let in.
+    """
+    return long_pages > 0 and long_pages + pages_wanted > config.long_page_share * num_pages
+
+
+def credit_is_spent(*, bypassed_seconds: float, own_seconds: float) -> bool:
+    """Whether so much work has gone past a request that nothing more may."""
+    return bypassed_seconds > own_seconds

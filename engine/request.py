@@ -7,6 +7,7 @@ import numpy as np
 
 from engine.kv.manager import Grant
 from engine.messages import AddRequest, FinishReason, RequestError, SamplingParams, unpack_ids
+from engine.policy import ServiceClass
 
 
 class RequestStatus(Enum):
@@ -29,6 +30,7 @@ class Request:
     __slots__ = (
         "_tokens",
         "arrival_time",
+        "bypassed_seconds",
         "cache_salt",
         "deadline",
         "error",
@@ -36,16 +38,24 @@ class Request:
         "first_scheduled_time",
         "grant",
         "last_step_id",
+        "latest_start",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_ever_computed",
+        "num_preemptions",
         "num_prompt_tokens",
         "num_tokens",
         "order",
+        "prefill_seconds",
         "priority",
         "request_id",
         "sampling",
+        "service",
+        "snapshot_positions",
         "status",
         "stop_token_id",
+        "tenant",
+        "total_seconds",
         "trace_id",
     )
 
@@ -67,10 +77,14 @@ class Request:
         self.arrival_time = message.arrival_time
         self.cache_salt = message.cache_salt
         self.trace_id = message.trace_id
+        self.tenant = message.tenant
+        self.snapshot_positions: tuple[int, ...] = tuple(unpack_ids(message.snapshot_positions).tolist())
         self.order = order
         self.num_prompt_tokens = len(prompt)
         self.num_tokens = len(prompt)
         self.num_computed_tokens = 0
+        self.num_ever_computed = 0
+        """Most tokens that were ever computed; more than `num_computed_tokens` after a preemption."""
         self.num_cached_tokens = 0
         self._tokens = prompt.astype(np.int32)
         self.grant: Grant | None = None
@@ -80,6 +94,16 @@ class Request:
         self.error: RequestError | None = None
         self.first_scheduled_time: float | None = None
         self.last_step_id = 0
+        self.num_preemptions = 0
+        self.service = ServiceClass.INTERACTIVE
+        # Predictions of the moment in which the request was queued; the scheduler sets them.
+        self.prefill_seconds = 0.0
+        """To compute the tokens known."""
+        self.total_seconds = 0.0
+        """The same and the expected answer."""
+        self.latest_start = 0.0
+        self.bypassed_seconds = 0.0
+        """Work that started past it while it did not fit."""
 
     @property
     def token_ids(self) -> np.ndarray:
@@ -95,6 +119,14 @@ class Request:
         return self.num_tokens - self.num_computed_tokens
 
     @property
+    def chunk_limit(self) -> int:
+        """Where the next chunk must end at the latest: the next snapshot position, or the last token known."""
+        for position in self.snapshot_positions:
+            if position > self.num_computed_tokens:
+                return position
+        return self.num_tokens
+
+    @property
     def slot(self) -> int | None:
         return None if self.grant is None else self.grant.slot
 
@@ -106,6 +138,14 @@ class Request:
     def queued_seconds(self) -> float:
         """Arrival to first scheduled step; 0 until then."""
         return 0.0 if self.first_scheduled_time is None else max(0.0, self.first_scheduled_time - self.arrival_time)
+
+    def preempt(self) -> None:
+        """Back to the queue with the tokens known; they are computed again. The grant has been given back."""
+        self.grant = None
+        self.status = RequestStatus.QUEUED
+        self.num_computed_tokens = 0
+        self.bypassed_seconds = 0.0
+        self.num_preemptions += 1
 
     def append(self, token_id: int) -> None:
         if self.num_tokens == len(self._tokens):
@@ -130,3 +170,9 @@ def _check(message: AddRequest, vocab_size: int) -> None:
         raise InvalidRequestError(f"stop and bias token ids must be in 0..{vocab_size - 1}")
     if sampling.max_tokens < 1 or sampling.min_tokens < 0:
         raise InvalidRequestError("max_tokens must be at least 1 and min_tokens at least 0")
+    if len(message.snapshot_positions) % 4:
+        raise InvalidRequestError("snapshot positions must be four bytes each")
+    positions = unpack_ids(message.snapshot_positions)
+    inside = positions.size == 0 or (int(positions[0]) > 0 and int(positions[-1]) <= prompt.size)
+    if not inside or (np.diff(positions) <= 0).any():
+        raise InvalidRequestError("snapshot positions must ascend and lie within the prompt")

@@ -1,26 +1,32 @@
 """Decides which rows run in the next step and commits what came back. Pure: the clock comes in as an argument.
 
     add, abort            any time
-    schedule(now)         -> StepPlan     every due decode row, then prompt chunks in queue order, under the row budget
-    update(plan, result)  -> StepOutputs  commit, stop, free
+    schedule(now)         -> StepPlan     every due decode row, then prompt chunks, within rows and predicted seconds
+    update(plan, result)  -> StepOutputs  commit, stop, free, learn what the step took
+
+The opinions are in `policy`, the line of prompts in `step_builder`, who may start in `admission_order`. When running
+answers need more pages than there are, `victims` names those that go back to the queue.
 
 What a finished request held is freed once the last step that may touch it has been committed (its fence). The runner is
 told to forget the request at the start of the next plan, before anything in that plan can use the pages or slot again.
 """
 
 import logging
-from bisect import insort
+from collections import Counter
 
-from engine.budget import TokenBudget
+from engine import policy, victims
+from engine.admission_order import AdmissionOrder
+from engine.budget import StepBudget
 from engine.config import ResolvedConfig
+from engine.cost_model import CostModel, StepFeatures, cost_prior
+from engine.fairness import FavouredShare, TenantClock
 from engine.kv.manager import KVManager, Shortage
 from engine.messages import EngineStats, FinishReason, RequestError, StepOutputs
 from engine.outputs import OutputColumns
-from engine.plan import NewRequest, ScheduledTokens, StepPlan, StepResult, TokenLogprobs
-from engine.policy import queue_key, tokens_to_reserve
+from engine.plan import StepPlan, StepResult, TokenLogprobs
 from engine.request import Request, RequestStatus
-from engine.stats import Totals
-from engine.waiting import WaitingQueue
+from engine.stats import DrainMeter, Totals
+from engine.step_builder import StepBuilder
 from model.kv_layout import KVLayout
 
 logger = logging.getLogger(__name__)
@@ -29,19 +35,28 @@ logger = logging.getLogger(__name__)
 class Scheduler:
     """All requests of one engine. One plan is in flight at most."""
 
-    def __init__(self, config: ResolvedConfig, layout: KVLayout, *, eos_token_id: int) -> None:
+    def __init__(
+        self, config: ResolvedConfig, layout: KVLayout, *, eos_token_id: int, costs: CostModel | None = None
+    ) -> None:
+        """`costs` predicts steps and learns from them; None: one that starts from the model's arithmetic."""
         self.config = config
+        self.costs = costs or CostModel(layout.config, cost_prior(layout.config, config.device))
         self.kv = KVManager(layout, config.num_pages, config.max_num_seqs)
         self.totals = Totals()
         self.requests: dict[str, Request] = {}
         """Queued and running, by id."""
         self._eos_token_id = eos_token_id
-        self._waiting = WaitingQueue()
-        self._running: list[Request] = []
+        self._tenants = TenantClock()
+        self._share = FavouredShare(config.scheduling.long_prefill_share)
+        self._admission = AdmissionOrder(config, self.kv, self._tenants)
+        self._running: dict[str, Request] = {}
         self._news = OutputColumns()
         self._forget: list[str] = []
         self._fenced: list[Request] = []
         self._in_flight: StepPlan | None = None
+        self._predicted = (StepFeatures(), 0.0)
+        """Of the plan in flight."""
+        self._drain = DrainMeter()
         self._committed_step_id = 0
 
     @property
@@ -50,18 +65,25 @@ class Scheduler:
         return bool(self.requests or self._forget or self._news)
 
     @property
+    def predicted_features(self) -> StepFeatures:
+        """What the newest plan contains, as the cost model sees it."""
+        return self._predicted[0]
+
+    @property
     def num_running(self) -> int:
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._admission.waiting)
 
     def add(self, request: Request) -> None:
         """Queue a request; one that can never fit ends at once with `too_large`. Ids of live requests are unique."""
         assert request.request_id not in self.requests, f"{request.request_id} is known"
         self.requests[request.request_id] = request
-        self._waiting.add(request)
+        request.service = policy.service_class(request.num_prompt_tokens, self.config.scheduling)
+        self._tenants.enter(request.tenant)
+        self._queue(request)
         excess = self._never_fits(request)
         if excess is not None:
             self._finish(request, "error", error=RequestError("too_large", excess))
@@ -80,30 +102,37 @@ class Scheduler:
     def schedule(self, now: float) -> StepPlan:
         """Plan the next step. It is empty (its id that of the last step) when there is nothing to run or forget."""
         assert self._in_flight is None, "the last plan has not been committed"
-        for late in self._waiting.expired(now):
-            waited = (
-                f"The request waited {now - late.arrival_time:.1f} s and its deadline passed before it could start."
-            )
-            self._finish(late, "error", error=RequestError("deadline_exceeded", waited))
-        step_id = self.totals.step_id + 1
-        budget = TokenBudget(self.config.max_num_batched_tokens)
-        decodes, prefills = self._due()
-        rows = [self._take(request, budget, step_id) for request in decodes]
-        new: list[NewRequest] = []
-        prefills.reverse()
-        while budget.remaining:
-            request = self._start_next(prefills[-1] if prefills else None, new, now)
-            if request is None:
-                if not prefills:
-                    break
-                request = prefills.pop()
-            rows.append(self._take(request, budget, step_id))
-        if not rows and not self._forget:
+        self._refuse_late(now)
+        grown = self._make_room()
+        decodes, prompts = self._due()
+        budget = StepBudget(self.costs, self.config.max_num_batched_tokens)
+        step = StepBuilder(
+            step_id=self.totals.step_id + 1,
+            now=now,
+            budget=budget,
+            costs=self.costs,
+            config=self.config.scheduling,
+            kv=self.kv,
+            tenants=self._tenants,
+            share=self._share,
+            admission=self._admission,
+            running=self._running,
+        )
+        step.add_decodes(decodes, grown)
+        step.add_prompts(prompts)
+        self._drain.note(now, step.backlog_seconds + self._admission.waiting.backlog_seconds, step.drained_seconds)
+        if not step.rows and not self._forget:
             return StepPlan(step_id=self.totals.step_id)
-        plan = StepPlan(step_id=step_id, new=tuple(new), scheduled=tuple(rows), finished=tuple(self._forget))
+        self.totals.step_id += 1
+        plan = StepPlan(
+            step_id=self.totals.step_id,
+            new=tuple(step.new),
+            scheduled=tuple(step.rows),
+            finished=tuple(self._forget),
+        )
         self._forget.clear()
         self._in_flight = plan
-        self.totals.step_id = step_id
+        self._predicted = (budget.features, budget.predicted_seconds)
         return plan
 
     def update(self, plan: StepPlan, result: StepResult, now: float) -> StepOutputs:
@@ -124,30 +153,39 @@ class Scheduler:
             self._fail(request_id, why)
         for request_id in awaited:
             self._fail(request_id, "the step returned no token")
-        if plan.scheduled:
-            self.totals.step_seconds, self.totals.step_tokens = result.seconds, plan.num_tokens
+        if plan.scheduled and result.seconds > 0.0:
+            self._learn(plan.num_tokens, result.seconds)
         self._release_fenced()
         news, self._news = self._news, OutputColumns()
         return news.pack(self.stats())
 
     def stats(self) -> EngineStats:
+        waiting = self._admission.waiting
         return self.totals.frame(
             num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_running_long=sum(r.service is policy.ServiceClass.LONG for r in self._running.values()),
+            num_waiting=len(waiting),
+            num_waiting_long=waiting.count(policy.ServiceClass.LONG),
+            num_waiting_tokens=waiting.num_tokens,
             num_free_pages=self.kv.num_available_pages,
             num_free_slots=self.kv.num_free_slots,
+            num_bypasses=self._admission.num_bypasses,
+            backlog_seconds=self._drain.backlog_seconds,
+            drain_seconds=self._drain.drain_seconds,
         )
 
     def check(self) -> None:
         """Recompute the books; for tests after every operation, and cheap enough when idle."""
         self.kv.check()
-        queued = {r.request_id for r in self._waiting}
-        running = {r.request_id for r in self._running}
-        assert not queued & running and queued | running == set(self.requests), "a request is in no queue or in two"
-        assert all(r.grant is None and r.status is RequestStatus.QUEUED for r in self._waiting)
-        keys = [queue_key(r) for r in self._running]
-        assert keys == sorted(keys), "the running list is out of order"
-        for request in self._running:
+        self._admission.check()
+        waiting = list(self._admission.waiting)
+        queued = {r.request_id for r in waiting}
+        assert not queued & set(self._running), "a request is in two queues"
+        assert queued | set(self._running) == set(self.requests), "a request is in no queue"
+        assert len(waiting) == len(self._admission.waiting) == len(queued), "the waiting are miscounted"
+        assert all(r.grant is None and r.status is RequestStatus.QUEUED for r in waiting)
+        self._tenants.check(dict(Counter(r.tenant for r in self.requests.values())))
+        for request in self._running.values():
             grant = request.grant
             assert request.status is RequestStatus.RUNNING and grant is not None
             assert request.num_computed_tokens < request.num_tokens <= self.config.max_model_len
@@ -156,52 +194,82 @@ class Scheduler:
         holders = len(self._running) + len(self._fenced)
         assert self.config.max_num_seqs - self.kv.num_free_slots == holders, "a slot is held by nobody"
 
+    def _queue(self, request: Request) -> None:
+        """Predict a request's work and let it wait."""
+        scheduling = self.config.scheduling
+        request.prefill_seconds = self.costs.prefill_seconds(0, request.num_tokens)
+        answer = self._admission.outputs.quantile(request.service, request.tenant, policy.EXPECTED_QUANTILE)
+        num_left = min(
+            policy.UNKNOWN_ANSWER if answer is None else answer, request.sampling.max_tokens - request.num_output_tokens
+        )
+        request.total_seconds = request.prefill_seconds + num_left * self.costs.decode_seconds(request.num_tokens)
+        request.latest_start = policy.latest_start(
+            request.arrival_time, request.service, request.prefill_seconds, scheduling
+        )
+        self._admission.waiting.add(request)
+
+    def _refuse_late(self, now: float) -> None:
+        for late in self._admission.waiting.expired(now):
+            waited = (
+                f"The request waited {now - late.arrival_time:.1f} s and its deadline passed before it could start."
+            )
+            self._finish(late, "error", error=RequestError("deadline_exceeded", waited))
+
+    def _make_room(self) -> dict[str, tuple[int, ...]]:
+        """Give every answer the page that its next row needs, from victims where there is a shortage; returns the
+        pages by request.
+        """
+        grown: dict[str, tuple[int, ...]] = {}
+        page_tokens = self.kv.layout.page_tokens
+        for request in list(self._running.values()):
+            if request.num_uncomputed_tokens != 1:
+                continue
+            while request.grant is not None and request.num_tokens > page_tokens * len(request.grant.page_ids):
+                pages = self.kv.extend(request.grant, request.num_tokens)
+                if isinstance(pages, Shortage):
+                    self._preempt(pages.pages_wanted - pages.pages_available)
+                else:
+                    grown[request.request_id] = pages
+        return grown
+
+    def _preempt(self, pages_needed: int) -> None:
+        """Send running requests back to the queue until that many pages are available; no plan is in flight."""
+        chosen = victims.choose([self._as_victim(r) for r in self._running.values()], pages_needed)
+        assert chosen, "pages are missing and nobody holds any"
+        for request_id in chosen:
+            request = self._running.pop(request_id)
+            assert request.grant is not None and request.last_step_id <= self._committed_step_id
+            self.kv.release(request.grant)
+            self._forget.append(request_id)
+            request.preempt()
+            self._queue(request)
+            self.totals.num_preemptions += 1
+
+    def _as_victim(self, request: Request) -> victims.RunningRequest:
+        assert request.grant is not None
+        return victims.RunningRequest(
+            request_id=request.request_id,
+            priority=request.priority,
+            service=request.service,
+            pages_freed=request.grant.num_reserved_pages,
+            restore_seconds=self.costs.prefill_seconds(0, request.num_computed_tokens),
+            order=request.order,
+        )
+
     def _due(self) -> tuple[list[Request], list[Request]]:
-        """Running requests with one row to go, and those with more, each in queue order."""
+        """Running requests with one row to go, and those with more."""
         decodes: list[Request] = []
-        prefills: list[Request] = []
-        for request in self._running:
-            (decodes if request.num_tokens - request.num_computed_tokens == 1 else prefills).append(request)
+        prompts: list[Request] = []
+        for request in self._running.values():
+            (decodes if request.num_tokens - request.num_computed_tokens == 1 else prompts).append(request)
         # Each of them had a row in the last step, so they fit into this one.
         assert len(decodes) <= self.config.max_num_batched_tokens
-        return decodes, prefills
+        return decodes, prompts
 
-    def _start_next(self, before: Request | None, new: list[NewRequest], now: float) -> Request | None:
-        """Admit the first waiting request if it comes before the running prompt `before` and there is memory for it."""
-        request = self._waiting.head()
-        if request is None or (before is not None and queue_key(before) < queue_key(request)):
-            return None
-        grant = self.kv.admit(request.request_id, tokens_to_reserve(request, self.config.max_model_len))
-        if isinstance(grant, Shortage):
-            return None
-        self._waiting.remove(request)
-        request.grant = grant
-        request.status = RequestStatus.RUNNING
-        request.first_scheduled_time = now
-        insort(self._running, request, key=queue_key)
-        new.append(
-            NewRequest(
-                request_id=request.request_id,
-                slot=grant.slot,
-                token_ids=request.token_ids,
-                num_prompt_tokens=request.num_prompt_tokens,
-                sampling=request.sampling,
-            )
-        )
-        return request
-
-    def _take(self, request: Request, budget: TokenBudget, step_id: int) -> ScheduledTokens:
-        assert request.grant is not None
-        start = request.num_computed_tokens
-        end = start + budget.take(start, request.num_tokens - start)
-        request.last_step_id = step_id
-        return ScheduledTokens(
-            request_id=request.request_id,
-            start=start,
-            num_tokens=end - start,
-            new_page_ids=self.kv.extend(request.grant, end),
-            samples=end == request.num_tokens,
-        )
+    def _learn(self, num_tokens: int, seconds: float) -> None:
+        features, predicted = self._predicted
+        self.totals.count_step(num_tokens=num_tokens, seconds=seconds, predicted=predicted)
+        self.costs.observe(features, seconds)
 
     def _commit_rows(self, plan: StepPlan) -> dict[str, Request]:
         """Count the rows of a step; returns the live requests that a token is due for."""
@@ -211,8 +279,13 @@ class Scheduler:
             if request is None:
                 continue
             end = row.start + row.num_tokens
-            self.totals.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - row.start)
+            seen = request.num_ever_computed
+            if row.start < max(seen, request.num_prompt_tokens):
+                self.totals.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - max(row.start, seen))
+                self.totals.num_recomputed_tokens += max(0, min(end, seen) - row.start)
             request.num_computed_tokens = end
+            if end > seen:
+                request.num_ever_computed = end
             if row.samples:
                 awaited[row.request_id] = request
         return awaited
@@ -245,7 +318,7 @@ class Scheduler:
         limit = self.config.max_model_len
         if request.num_prompt_tokens >= limit:
             return f"The prompt has {request.num_prompt_tokens} tokens; at most {limit - 1} leave room for an answer."
-        num_tokens = tokens_to_reserve(request, limit)
+        num_tokens = min(request.num_prompt_tokens + request.sampling.max_tokens, limit)
         wanted = self.kv.layout.pages_for(num_tokens)
         if wanted > self.config.num_pages:
             page_tokens = self.kv.layout.page_tokens
@@ -274,12 +347,15 @@ class Scheduler:
     ) -> None:
         """The one way out for every request that was added."""
         if request.status is RequestStatus.QUEUED:
-            self._waiting.remove(request)
+            self._admission.remove(request)
         else:
-            self._running.remove(request)
+            del self._running[request.request_id]
             self._forget.append(request.request_id)
             self._fenced.append(request)
         del self.requests[request.request_id]
+        self._tenants.leave(request.tenant)
+        if reason in ("stop", "length"):
+            self._admission.outputs.observe(request.service, request.tenant, request.num_output_tokens)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.error = error

@@ -1,8 +1,15 @@
-"""Running totals of one engine, and the frame of gauges made of them."""
+"""Running totals of one engine, the pace of its queue, and the frame of gauges made of them."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from engine.messages import EngineStats
+from engine.policy import MISPREDICTED
+
+DRAIN_MEMORY_SECONDS = 10.0
+LEAST_PACE = 0.01
+"""A queue that seems to stand still is not told to wait for ever."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -10,23 +17,74 @@ class Totals:
     """Counted since the engine started."""
 
     prompt_tokens: int = 0
-    """Prompt rows computed."""
+    """Prompt rows computed, each once."""
     generation_tokens: int = 0
     num_dropped_results: int = 0
     """Tokens that came back for requests that had ended meanwhile."""
+    num_preemptions: int = 0
+    num_recomputed_tokens: int = 0
+    """Rows computed again after a preemption."""
+    num_mispredicted_steps: int = 0
     step_id: int = 0
     step_seconds: float = 0.0
     step_tokens: int = 0
+    predicted_step_seconds: float = 0.0
 
-    def frame(self, *, num_running: int, num_waiting: int, num_free_pages: int, num_free_slots: int) -> EngineStats:
+    def count_step(self, *, num_tokens: int, seconds: float, predicted: float) -> None:
+        """A step has run: what it took and what had been predicted."""
+        self.step_tokens = num_tokens
+        self.step_seconds = seconds
+        self.predicted_step_seconds = predicted
+        if abs(predicted - seconds) > MISPREDICTED * seconds:
+            self.num_mispredicted_steps += 1
+
+    def frame(self, **gauges: Any) -> EngineStats:
+        """The totals and the gauges of the moment, which the scheduler gives by name."""
         return EngineStats(
             step_id=self.step_id,
-            num_running=num_running,
-            num_waiting=num_waiting,
-            num_free_pages=num_free_pages,
-            num_free_slots=num_free_slots,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
+            num_preemptions=self.num_preemptions,
+            num_recomputed_tokens=self.num_recomputed_tokens,
+            num_mispredicted_steps=self.num_mispredicted_steps,
             step_seconds=self.step_seconds,
             step_tokens=self.step_tokens,
+            predicted_step_seconds=self.predicted_step_seconds,
+            **gauges,
         )
+
+
+class DrainMeter:
+    """How fast prompt work goes away: predicted seconds of it for each second of the clock, while there is any.
+
+    The unit of the predictions cancels out, so they may all be wrong by the same factor.
+    """
+
+    def __init__(self) -> None:
+        self.backlog_seconds = 0.0
+        # Decayed sums; before anything is measured predictions are taken at their word.
+        self._work = 1.0
+        self._time = 1.0
+        self._planned: tuple[float, float] | None = None
+        """When the last step was planned, and the work that it did; None: it left nothing."""
+
+    @property
+    def drain_seconds(self) -> float:
+        """Until the backlog is done, at the pace of the last ten seconds or so."""
+        return self.backlog_seconds / max(self.pace, LEAST_PACE)
+
+    @property
+    def pace(self) -> float:
+        return self._work / self._time
+
+    def note(self, now: float, backlog_seconds: float, drained_seconds: float) -> None:
+        """A step has been planned: the work there was before it, and what it will do of it."""
+        if self._planned is not None:
+            began, drained = self._planned
+            if now > began:
+                kept = math.exp((began - now) / DRAIN_MEMORY_SECONDS)
+                self._work = kept * self._work + drained
+                self._time = kept * self._time + now - began
+        self.backlog_seconds = max(0.0, backlog_seconds - drained_seconds)
+        # A step that leaves nothing says how much there was, not how fast it could have gone.
+        self._planned = (now, drained_seconds) if self.backlog_seconds > 0.0 else None

@@ -3,7 +3,7 @@
     num_pages = held (in a request's table) + reserved (promised to an admitted request, not yet taken) + available
 
 A reservation is a number; ids are taken as the request grows. An admitted request can therefore always reach the length
-that it was admitted for, whatever its neighbours do.
+that it was admitted for, whatever its neighbours do. Beyond it a request grows while pages are available.
 """
 
 from dataclasses import dataclass, field
@@ -20,14 +20,14 @@ class Grant:
     request_id: str
     slot: int
     num_reserved_pages: int
-    """Pages it may hold in all; those in `page_ids` are part of it."""
+    """Pages it is sure to get in all; those in `page_ids` are part of it."""
     page_ids: list[int] = field(default_factory=list)
     """Page i holds tokens [i * page_tokens, (i + 1) * page_tokens)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shortage:
-    """Why a request cannot be admitted now, in numbers."""
+    """Why a request cannot be admitted or grow now, in numbers."""
 
     pages_wanted: int
     pages_available: int
@@ -68,12 +68,24 @@ class KVManager:
         self._grants[request_id] = grant
         return grant
 
-    def extend(self, grant: Grant, num_tokens: int) -> tuple[int, ...]:
-        """Grow a table until it covers `num_tokens` tokens; returns the pages that were appended."""
+    def extend(self, grant: Grant, num_tokens: int) -> tuple[int, ...] | Shortage:
+        """Grow a table until it covers `num_tokens` tokens; returns the pages that were appended.
+
+        Within the reservation there is never a shortage; beyond it the reservation grows while pages are available.
+        """
         missing = self.layout.pages_for(num_tokens) - len(grant.page_ids)
         if missing <= 0:
             return ()
-        assert len(grant.page_ids) + missing <= grant.num_reserved_pages, f"{grant.request_id} outgrew its reservation"
+        beyond = len(grant.page_ids) + missing - grant.num_reserved_pages
+        if beyond > 0:
+            if beyond > self.num_available_pages:
+                return Shortage(
+                    pages_wanted=beyond,
+                    pages_available=self.num_available_pages,
+                    slots_available=self.slots.num_free,
+                )
+            grant.num_reserved_pages += beyond
+            self._num_promised += beyond
         page_ids = self.pages.allocate(missing)
         grant.page_ids.extend(page_ids)
         self._num_promised -= missing

@@ -115,7 +115,7 @@ class ModelExecutor:
         if first.failed:
             raise RuntimeError(f"the first step of this model failed: {first.failed['warm-up']}")
         if length < config.max_model_len:
-            rows = replace(rows, start=length, num_tokens=1, new_page_ids=())
+            rows = ScheduledTokens(request_id="warm-up", start=length, num_tokens=1, new_page_ids=(), samples=True)
             self.execute(StepPlan(step_id=0, scheduled=(rows,)))
         self.execute(StepPlan(step_id=0, finished=("warm-up",)))
 

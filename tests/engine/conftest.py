@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.config import ResolvedConfig
+from engine.config import ResolvedConfig, SchedulingConfig
 from engine.messages import AddRequest, SamplingParams, pack_ids
 from engine.request import Request
 from engine.scheduler import Scheduler
@@ -26,6 +26,8 @@ BASE = ResolvedConfig(
     max_num_batched_tokens=512,
     num_pages=64,
     num_threads=1,
+    # Rows bound a step, not seconds; tests of time set their own.
+    scheduling=SchedulingConfig(step_seconds=1e6, interactive_itl_seconds=1e6, long_itl_seconds=1e6),
 )
 
 
@@ -39,7 +41,11 @@ def make_message() -> Callable[..., AddRequest]:
     """message(id, prompt length or ids, **fields of the request and of its sampling)."""
 
     def make(request_id: str, prompt: int | list[int] = 8, **fields: Any) -> AddRequest:
-        own = {k: fields.pop(k) for k in ("priority", "deadline", "arrival_time") if k in fields}
+        own = {
+            k: fields.pop(k)
+            for k in ("priority", "deadline", "arrival_time", "tenant", "snapshot_positions")
+            if k in fields
+        }
         fields.setdefault("seed", 7)
         if isinstance(prompt, int):
             prompt = np.random.default_rng(prompt).integers(2, 2048, prompt).tolist()

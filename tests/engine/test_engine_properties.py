@@ -142,30 +142,6 @@ def test_the_seed_matters_and_equal_requests_are_equal(make_config: MakeConfig, 
     assert answers.tokens["a"] == answers.tokens["b"] != answers.tokens["c"]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_first_come_first_served(make_config: MakeConfig, make_message: MakeMessage, seed: int) -> None:
-    """Under equal priority requests start in arrival order, and each within the work that stood before it."""
-    rng = random.Random(seed)
-    config = make_config(max_num_batched_tokens=rng.choice([64, 500]), max_num_seqs=4, num_pages=16)
-    core = EngineCore(SimExecutor(config, preset("nano")))
-    answers = Answers(core)
-    order = [f"r{i}" for i in range(40)]
-    for i, request_id in enumerate(order):
-        core.inbox.put(
-            make_message(request_id, rng.randrange(1, 1500), max_tokens=rng.randrange(1, 60), arrival_time=i)
-        )
-    started: dict[str, int] = {}
-    while core.scheduler.has_work or not started:
-        waiting = {r.request_id for r in core.scheduler.requests.values() if r.grant is None} or set(order)
-        answers.step()
-        for request_id in order:
-            request = core.scheduler.requests.get(request_id)
-            if request_id not in started and request_id in waiting and (request is None or request.grant is not None):
-                started[request_id] = core.scheduler.totals.step_id
-    steps = [started[i] for i in order]
-    assert steps == sorted(steps)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_random_failures_end_the_failed_only(make_config: MakeConfig, make_message: MakeMessage, seed: int) -> None:
     rng = random.Random(seed)

@@ -1,0 +1,108 @@
+"""Who may start: memory first, then fairness to those that memory keeps waiting.
+
+A request that does not fit is passed by others that do, on credit: the work that starts past it adds up, and once it is
+more than the request's own, nobody of its priority or a lower one starts before it. So memory drains until it fits.
+Long requests hold at most a share of the pages while shorter ones wait; that is no shortage and earns no credit, and it
+does not bind a request whose credit is spent.
+"""
+
+from collections.abc import Iterable
+
+from engine.config import ResolvedConfig
+from engine.fairness import TenantClock
+from engine.kv.manager import Grant, KVManager, Shortage
+from engine.output_lengths import OutputLengths
+from engine.policy import ServiceClass, credit_is_spent, long_share_binds, tokens_to_reserve
+from engine.request import Request
+from engine.waiting import WaitingQueue
+
+
+class AdmissionOrder:
+    """The waiting requests and the rule by which they start."""
+
+    def __init__(self, config: ResolvedConfig, kv: KVManager, tenants: TenantClock) -> None:
+        self.waiting = WaitingQueue(tenants)
+        self.outputs = OutputLengths()
+        self.num_bypasses = 0
+        self._config = config
+        self._kv = kv
+        self._short: dict[str, Request] = {}
+        """Waiting requests that were found not to fit, in the order in which that happened."""
+        self._spent: dict[str, Request] = {}
+        """Those of them whose credit is spent."""
+        self._largest_seconds = 0.0
+        """Work of the largest request that has started past others."""
+
+    def remove(self, request: Request) -> None:
+        """A waiting request leaves."""
+        self.waiting.remove(request)
+        self._short.pop(request.request_id, None)
+        self._spent.pop(request.request_id, None)
+
+    def first(self) -> Request | None:
+        """The request that must start before any other of its priority or a lower one: its credit is spent."""
+        return min(self._spent.values(), key=lambda r: r.priority, default=None)
+
+    def admit(self, request: Request, running: Iterable[Request]) -> Grant | None:
+        """Start a waiting request if that is allowed and there is room; it leaves the queue then."""
+        if not self._kv.num_free_slots:
+            return None
+        first = self.first()
+        if first is not None and first is not request and first.priority <= request.priority:
+            return None
+        num_tokens = self.reserve(request)
+        if request is not first and self._long_share_binds(request, num_tokens, running):
+            return None
+        grant = self._kv.admit(request.request_id, num_tokens)
+        if isinstance(grant, Shortage):
+            self._short.setdefault(request.request_id, request)
+            return None
+        self.remove(request)
+        if request is not first:
+            self._count_bypass(request)
+        return grant
+
+    def reserve(self, request: Request) -> int:
+        """Tokens whose pages the request must find now."""
+        share = self._config.scheduling.output_quantile
+        expected: int | None = None
+        if share < 1.0 and not request.num_preemptions:
+            expected = self.outputs.quantile(request.service, request.tenant, share)
+        return tokens_to_reserve(
+            num_tokens=request.num_tokens,
+            num_prompt_tokens=request.num_prompt_tokens,
+            max_tokens=request.sampling.max_tokens,
+            expected_output=expected,
+            max_model_len=self._config.max_model_len,
+        )
+
+    def _count_bypass(self, request: Request) -> None:
+        self._largest_seconds = max(self._largest_seconds, request.total_seconds)
+        for passed in self._short.values():
+            if passed.priority <= request.priority:
+                passed.bypassed_seconds += request.total_seconds
+                self.num_bypasses += 1
+                if credit_is_spent(bypassed_seconds=passed.bypassed_seconds, own_seconds=passed.total_seconds):
+                    self._spent[passed.request_id] = passed
+
+    def _long_share_binds(self, request: Request, num_tokens: int, running: Iterable[Request]) -> bool:
+        if request.service is not ServiceClass.LONG or not self.waiting.count(ServiceClass.INTERACTIVE):
+            return False
+        held = sum(
+            max(r.grant.num_reserved_pages, len(r.grant.page_ids))
+            for r in running
+            if r.service is ServiceClass.LONG and r.grant is not None
+        )
+        return long_share_binds(
+            long_pages=held,
+            pages_wanted=self._kv.layout.pages_for(num_tokens),
+            num_pages=self._config.num_pages,
+            config=self._config.scheduling,
+        )
+
+    def check(self) -> None:
+        waiting = {r.request_id for r in self.waiting}
+        assert set(self._spent) <= set(self._short) <= waiting, "a request that left is still short of memory"
+        for request in self._short.values():
+            bound = request.total_seconds + self._largest_seconds
+            assert request.bypassed_seconds <= bound, f"{request.request_id} was passed beyond its credit"

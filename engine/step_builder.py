@@ -1,0 +1,258 @@
+"""Builds one step: decode rows, then prompt chunks while rows and predicted seconds are left.
+
+Prompts that run and prompts that wait are one line, in the order of the policy; a waiting one starts when its turn has
+come and there is room for it. The favoured prompt has a share of the seconds kept for it wherever it stands in line.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+from engine.admission_order import AdmissionOrder
+from engine.budget import StepBudget
+from engine.config import SchedulingConfig
+from engine.cost_model import CostModel
+from engine.fairness import FavouredShare, TenantClock
+from engine.kv.manager import KVManager, Shortage
+from engine.plan import NewRequest, ScheduledTokens
+from engine.policy import (
+    MOST_BEGUN,
+    MOST_CHUNKS,
+    MOST_SHORTAGES,
+    OrderKey,
+    ServiceClass,
+    order_key,
+    prefill_seconds,
+    slack,
+    step_seconds,
+)
+from engine.request import Request, RequestStatus
+from engine.waiting import Scan
+
+
+class StepBuilder:
+    """One step under construction: `rows` of the plan and the requests that it starts."""
+
+    def __init__(
+        self,
+        *,
+        step_id: int,
+        now: float,
+        budget: StepBudget,
+        costs: CostModel,
+        config: SchedulingConfig,
+        kv: KVManager,
+        tenants: TenantClock,
+        share: FavouredShare,
+        admission: AdmissionOrder,
+        running: dict[str, Request],
+    ) -> None:
+        """`running` is the scheduler's own; requests that start are added to it."""
+        self.rows: list[ScheduledTokens] = []
+        self.new: list[NewRequest] = []
+        self.backlog_seconds = 0.0
+        """Work of the prompts that were running when the step began, as it was predicted when they were queued."""
+        self.drained_seconds = 0.0
+        """What of that and of the queue the step does, in the same predictions: they may be old, but they agree."""
+        self._step_id = step_id
+        self._now = now
+        self._budget = budget
+        self._costs = costs
+        self._config = config
+        self._kv = kv
+        self._tenants = tenants
+        self._share = share
+        self._admission = admission
+        self._running = running
+        self._line: dict[str, tuple[float, Request]] = {}
+        """Running prompts that have no chunk in this step yet, with their seconds to go."""
+        self._num_begun: Counter[int] = Counter()
+        """Prompts that are begun and will not be finished in this step, by priority."""
+        self._favoured: Request | None = None
+        self._favoured_seconds = 0.0
+        self._prompt_seconds = 0.0
+
+    def add_decodes(self, requests: Iterable[Request], grown: Mapping[str, tuple[int, ...]]) -> None:
+        """One row each; `grown` has the pages that were appended to their tables."""
+        context = 0
+        by_tenant: Counter[str] = Counter()
+        services: set[ServiceClass] = set()
+        for request in requests:
+            start = request.num_computed_tokens
+            context += start + 1
+            by_tenant[request.tenant] += 1
+            services.add(request.service)
+            request.last_step_id = self._step_id
+            self.rows.append(
+                ScheduledTokens(
+                    request_id=request.request_id,
+                    start=start,
+                    num_tokens=1,
+                    new_page_ids=grown.get(request.request_id, ()),
+                    samples=True,
+                )
+            )
+        seconds = self._budget.add_decodes(len(self.rows), context)
+        for tenant, count in by_tenant.items():
+            self._tenants.charge(tenant, seconds * count / len(self.rows))
+        self._budget.open_prefill(prefill_seconds(step_seconds(services, self._config), seconds))
+
+    def add_prompts(self, prompts: Iterable[Request]) -> None:
+        """Chunks of the running prompts and of waiting ones."""
+        for request in prompts:
+            left = self._costs.prefill_seconds(request.num_computed_tokens, request.num_tokens)
+            self._line[request.request_id] = (left, request)
+            self._num_begun[request.priority] += 1
+            self.backlog_seconds += request.prefill_seconds * request.num_uncomputed_tokens / request.num_tokens
+        seconds_kept = self._favour()
+        self._serve_line(seconds_kept)
+        if self._favoured is not None:
+            if self._favoured.request_id in self._line:
+                self._take(self._favoured, self._rows_for(self._favoured))
+            self._share.settle(favoured_seconds=self._favoured_seconds, all_seconds=self._prompt_seconds)
+
+    def _serve_line(self, seconds_kept: float) -> None:
+        rows_kept = int(self._budget.rows_left * seconds_kept / self._budget.prefill_seconds)
+        scan = self._admission.waiting.scan()
+        first = self._admission.first()
+        num_chunks = num_passed = 0
+        while num_chunks < MOST_CHUNKS:
+            request = self._head(scan if num_passed < MOST_SHORTAGES else None, first)
+            if request is None:
+                return
+            is_favoured = request is self._favoured
+            num_rows = self._rows_for(request, 0.0 if is_favoured else seconds_kept, 0 if is_favoured else rows_kept)
+            if not num_rows:
+                return
+            if request.status is RequestStatus.RUNNING or self._start(request, num_rows):
+                self._take(request, num_rows)
+                num_chunks += 1
+            else:
+                num_passed += 1
+                if request is not first:
+                    scan.skip()
+            if request is first:
+                first = None
+
+    def _head(self, scan: Scan | None, first: Request | None) -> Request | None:
+        """Who is served next: a running prompt or, with a scan, a waiting one; `first` leads all of its priority."""
+        heads: list[tuple[OrderKey, Request]] = [
+            (self._order(request, left), request) for left, request in self._line.values()
+        ]
+        if self._kv.num_free_slots:
+            waiting = None if scan is None else scan.head()
+            if waiting is not None:
+                heads.append(waiting)
+            if first is not None:
+                heads.append(((first.priority, -1, 0.0, 0.0, 0.0, 0), first))
+        return min(heads)[1] if heads else None
+
+    def _order(self, request: Request, left_seconds: float) -> OrderKey:
+        return order_key(
+            priority=request.priority,
+            service=request.service,
+            tenant_seconds=self._tenants[request.tenant],
+            work_seconds=left_seconds,
+            arrival=request.arrival_time,
+            order=request.order,
+        )
+
+    def _favour(self) -> float:
+        """Settle which prompt has the share; returns the seconds kept for it.
+
+        One that waits begins at once, with its share: it may find no slot otherwise while shorter ones keep coming.
+        """
+        seconds_kept = self._share.allowance(self._budget.prefill_seconds)
+        for request in self._pressing():
+            if request.status is RequestStatus.RUNNING:
+                self._favoured = request
+                return seconds_kept
+            num_rows = self._rows_for(request, self._budget.seconds_left - seconds_kept)
+            if num_rows and self._start(request, num_rows):
+                self._favoured = request
+                self._take(request, num_rows)
+                return 0.0
+        self._share.forget()
+        return 0.0
+
+    def _pressing(self) -> Iterator[Request]:
+        """Who may have the share, best first: the running long prompt with the least slack; without one the long
+        prompt that waits; without that any prompt that cannot be in time any more.
+        """
+        waiting = self._admission.waiting
+        running = {s: [entry for entry in self._line.values() if entry[1].service is s] for s in ServiceClass}
+        if running[ServiceClass.LONG]:
+            yield min(running[ServiceClass.LONG], key=self._pressure)[1]
+            return
+        long = waiting.most_urgent(ServiceClass.LONG)
+        if long is not None:
+            yield long
+        late = [(self._pressure(entry), entry[1]) for entry in running[ServiceClass.INTERACTIVE]]
+        short = waiting.most_urgent(ServiceClass.INTERACTIVE)
+        if short is not None:
+            late.append(((short.priority, short.latest_start - self._now, short.order), short))
+        late = [(pressure, request) for pressure, request in late if pressure[1] < 0.0]
+        if late:
+            yield min(late)[1]
+
+    def _pressure(self, entry: tuple[float, Request]) -> tuple[int, float, int]:
+        left, request = entry
+        seconds = slack(self._now, request.arrival_time, request.service, request.prefill_seconds, left, self._config)
+        return (request.priority, seconds, request.order)
+
+    def _rows_for(self, request: Request, seconds_kept: float = 0.0, rows_kept: int = 0) -> int:
+        start = request.num_computed_tokens
+        wanted = request.chunk_limit - start
+        return self._budget.rows_for(start, wanted, seconds_kept=seconds_kept, rows_kept=rows_kept)
+
+    def _start(self, request: Request, num_rows: int) -> bool:
+        """Admit a waiting request that would get `num_rows` rows now."""
+        finishes = num_rows == request.num_uncomputed_tokens
+        if not finishes and sum(n for p, n in self._num_begun.items() if p <= request.priority) >= MOST_BEGUN:
+            return False
+        grant = self._admission.admit(request, self._running.values())
+        if grant is None:
+            return False
+        request.grant = grant
+        request.status = RequestStatus.RUNNING
+        if request.first_scheduled_time is None:
+            request.first_scheduled_time = self._now
+        self._running[request.request_id] = request
+        self._num_begun[request.priority] += 1
+        self.new.append(
+            NewRequest(
+                request_id=request.request_id,
+                slot=grant.slot,
+                token_ids=request.token_ids,
+                num_prompt_tokens=request.num_prompt_tokens,
+                sampling=request.sampling,
+            )
+        )
+        return True
+
+    def _take(self, request: Request, num_rows: int) -> None:
+        if not num_rows:
+            return
+        assert request.grant is not None
+        start = request.num_computed_tokens
+        end = start + num_rows
+        page_ids = self._kv.extend(request.grant, end)
+        assert not isinstance(page_ids, Shortage), "the pages of a prompt are reserved"
+        seconds = self._budget.take(start, num_rows)
+        self._tenants.charge(request.tenant, seconds)
+        self._prompt_seconds += seconds
+        self.drained_seconds += request.prefill_seconds * num_rows / request.num_tokens
+        if request is self._favoured:
+            self._favoured_seconds += seconds
+        self._line.pop(request.request_id, None)
+        if end == request.num_tokens:
+            self._num_begun[request.priority] -= 1
+        request.last_step_id = self._step_id
+        self.rows.append(
+            ScheduledTokens(
+                request_id=request.request_id,
+                start=start,
+                num_tokens=num_rows,
+                new_page_ids=page_ids,
+                samples=end == request.num_tokens,
+            )
+        )
