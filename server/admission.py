@@ -78,6 +78,8 @@ class Admission:
         self._queued_tokens = 0
         self._by_key: Counter[str] = Counter()
         self._starts: deque[float] = deque()
+        self.drain_seconds: Callable[[], float] = lambda: 0.0
+        """The engine's own estimate of how long its backlog takes; 0 while it has none."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -119,7 +121,13 @@ class Admission:
         return Ticket(self, key_id, num_tokens)
 
     def retry_after(self, num_ahead: int) -> int:
-        """Whole seconds until about `num_ahead` requests have started, by the rate of the last half minute."""
+        """Whole seconds until about `num_ahead` requests have started.
+
+        By the engine's backlog and its measured pace; before there is one, by the starts of the last half minute.
+        """
+        drain = self.drain_seconds()
+        if drain > 0:
+            return min(LONGEST_RETRY, max(1, math.ceil(drain)))
         self._forget_old()
         if not self._starts:
             return min(LONGEST_RETRY, max(1, num_ahead))

@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP",
     "chat": "talk to a running server",
     "make-checkpoint": "write a random checkpoint in the official format",
+    "simulate": "run the scheduler on a virtual clock, against a trace",
 }
 USAGE_ERROR = 2
 
@@ -31,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from model.tools.make_checkpoint import main as make_checkpoint
 
         return make_checkpoint(arguments[1:])
+    if arguments and arguments[0] == "simulate":
+        from engine.tools.simulate import main as simulate
+
+        return simulate(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="fathom",
         description="A standalone inference server for DeepSeek-V4.",

@@ -89,6 +89,8 @@ class Generator:
         deadline: float | None = None,
         arrival_time: float = 0.0,
         trace_id: str | None = None,
+        tenant: str = "",
+        snapshot_positions: Sequence[int] = (),
     ) -> AsyncGenerator[GenerationEvent, None]:
         """Generate; one event per engine output, the last one with `finish_reason` and `usage`.
 
@@ -116,6 +118,8 @@ class Generator:
             cache_salt=cache_salt,
             arrival_time=arrival_time,
             trace_id=trace_id,
+            tenant=tenant,
+            snapshot_positions=pack_ids(list(snapshot_positions)),
         )
         outputs = self._client.submit(request)
         over = False

@@ -177,6 +177,21 @@ class _EngineCollector(Collector):
         yield self._gauge("fathom_engine_step_seconds", "Seconds of the newest step.", stats.step_seconds)
         yield self._gauge("fathom_engine_step_tokens", "Tokens of the newest step.", stats.step_tokens)
         yield self._counter("fathom_engine_steps", "Steps since the start.", stats.step_id)
+        yield self._gauge("fathom_engine_predicted_step_seconds", "The same, predicted.", stats.predicted_step_seconds)
+        yield self._counter(
+            "fathom_mispredicted_steps",
+            "Steps predicted more than 15 % off.",
+            stats.num_mispredicted_steps,
+        )
+        yield self._gauge("fathom_running_long_requests", "Long ones of the running requests.", stats.num_running_long)
+        yield self._gauge("fathom_waiting_long_requests", "Long ones of the waiting requests.", stats.num_waiting_long)
+        yield self._gauge("fathom_waiting_tokens", "Tokens of the waiting requests.", stats.num_waiting_tokens)
+        yield self._gauge("fathom_backlog_seconds", "Prompt work queued or begun, predicted.", stats.backlog_seconds)
+        yield self._gauge("fathom_drain_seconds", "How long the backlog takes at today's pace.", stats.drain_seconds)
+        yield self._counter("fathom_bypasses", "Starts past a request that did not fit.", stats.num_bypasses)
+        yield self._counter(
+            "fathom_recomputed_tokens", "Rows computed again after a preemption.", stats.num_recomputed_tokens
+        )
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=_LABELS)

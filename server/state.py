@@ -64,6 +64,7 @@ class ServerState:
     def attach(self, engine: EngineClient, tokenizer: Tokenizer) -> None:
         """Serve with this engine and the tokenizer of its model."""
         self._serving = Serving(engine, tokenizer, Generator(engine, tokenizer))
+        self.admission.drain_seconds = lambda: engine.stats.drain_seconds
         if self.admission.max_queued_tokens is None:
             self.admission.max_queued_tokens = max(_TOKENS_BOUND, _CONTEXTS_BOUND * engine.info.max_model_len)
 

@@ -61,6 +61,7 @@ async def chat_completions(request: Request) -> Response:
             parse="chat",
             starts_in=prompt.starts_in,
             continues=prompt.continues,
+            turn_start=prompt.turn_start,
         )
         events = run(state, serving, context, body, job)
         if body.stream:

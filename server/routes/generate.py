@@ -30,6 +30,8 @@ class Job:
     parse: ParseMode
     starts_in: Literal["reasoning", "content"] = "content"
     continues: bool = False
+    turn_start: int = 0
+    """Where another prompt of the same conversation is likely to part from this one; 0: unknown."""
 
 
 def answer_id(kind: str) -> str:
@@ -60,6 +62,8 @@ async def run(
         priority=body.priority,
         deadline=context.arrival + state.config.queue_timeout,
         arrival_time=context.arrival,
+        tenant=context.key_id,
+        snapshot_positions=(job.turn_start,) if job.turn_start else (),
     )
     try:
         async with aclosing(events):

@@ -17,6 +17,7 @@ from server.text.tokenizer import Tokenizer
 __all__ = ["Prompt", "PromptError", "render_chat"]
 
 _MODEL = "DeepSeek-V4-Pro"  # the library's name for the V4 format, of Flash and Pro alike
+ASSISTANT = "<｜Assistant｜>"
 _ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 _MOST_MESSAGE_CHARACTERS = 300
 
@@ -32,6 +33,9 @@ class Prompt:
     """What the first generated token belongs to."""
     continues: bool = False
     """The prompt ends inside a message (`prefix`), so leading newlines of the answer are part of it."""
+    turn_start: int = 0
+    """Position of the token that opens the last assistant turn: the next prompt of the conversation begins with the
+    tokens before it, whatever becomes of this turn's reasoning."""
 
 
 def render_chat(
@@ -74,12 +78,15 @@ def render_chat(
         raise PromptError(_shortened(message), _blamed_param(message)) from error
     rendered = deepseek_recipe.DeepseekV4Encoding().render_conversation(request.conversation)
     stage = request.parsing_options.thinking_initial_stage
+    token_ids = _encode(tokenizer, rendered.prompt, rendered.special_ranges)
+    opened = np.flatnonzero(token_ids == tokenizer.required_id(ASSISTANT))
     return Prompt(
-        token_ids=_encode(tokenizer, rendered.prompt, rendered.special_ranges),
+        token_ids=token_ids,
         text=rendered.prompt,
         thinking=thinking,
         starts_in="reasoning" if stage is not None and stage.starts_in_reasoning() else "content",
         continues=_continues(body["messages"][-1], thinking) or request.parsing_options.starts_in_tool_calls,
+        turn_start=int(opened[-1]) if len(opened) else 0,
     )
 
 

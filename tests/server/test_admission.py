@@ -79,6 +79,16 @@ def test_retry_after_follows_the_rate() -> None:
     assert admission.retry_after(3) == 3
 
 
+def test_retry_after_is_the_engines_own_estimate() -> None:
+    admission = Admission(max_queued_requests=10, clock=Clock())
+    admission.drain_seconds = lambda: 12.2
+    assert admission.retry_after(1) == 13
+    admission.drain_seconds = lambda: 1e6
+    assert admission.retry_after(1) == 60
+    admission.drain_seconds = lambda: 0.0
+    assert admission.retry_after(4) == 4
+
+
 def test_books_balance_under_random_use() -> None:
     chance = random.Random(1)
     admission = Admission(max_queued_requests=20, max_queued_tokens=500, max_requests_per_key=9)

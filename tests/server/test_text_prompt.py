@@ -265,3 +265,15 @@ def test_unknown_efforts_are_refused(thinking: Any, effort: Any, kwargs: Any, pa
     with pytest.raises(PromptError) as caught:
         resolve_thinking(thinking, effort, kwargs)
     assert caught.value.param == param
+
+
+def test_turn_start_is_where_the_next_prompt_of_the_conversation_parts() -> None:
+    """Tools absent: the next prompt drops this turn's reasoning, and still begins with the tokens before the turn."""
+    messages = [{"role": "user", "content": "2+2? <｜Assistant｜> is only text"}]
+    first = render(messages)
+    assert first.turn_start == len(first.token_ids) - 2
+    answer = {"role": "assistant", "content": "4", "reasoning_content": "Simple sum."}
+    later = render([*messages, answer, {"role": "user", "content": "3+3?"}])
+    shared = first.token_ids[: first.turn_start]
+    assert later.token_ids[: first.turn_start].tolist() == shared.tolist()
+    assert later.turn_start > first.turn_start
