@@ -52,9 +52,7 @@ def main(argv: Sequence[str]) -> int:
         for policy in arguments.policy or POLICIES:
             machine = Machine(model, config.layout(model), card)
             runs[policy] = simulate(trace, _planner(policy, config, model), machine, until=arguments.until)
-            goals = Goals(
-                ttft_seconds=arguments.slo_ttft, ttft_work=arguments.slo_work, itl_seconds=arguments.slo_itl
-            )
+            goals = Goals(ttft_seconds=arguments.slo_ttft, ttft_work=arguments.slo_work, itl_seconds=arguments.slo_itl)
             reports.append(summarize(runs[policy], machine, policy=policy, goals=goals))
         print(table(reports))
         if arguments.json is not None:
