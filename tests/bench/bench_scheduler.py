@@ -1,7 +1,7 @@
 """CPU time of a step's planning with 256 running and 1,000 waiting requests: `python -m tests.bench.bench_scheduler`.
 
-Writes tests/bench/results/scheduler.json. Times are CPU time of the thread, of `schedule` and of `update`; a busy machine
-takes the core away in between, which wall time would count. Garbage collection stays on.
+Writes tests/bench/results/scheduler.json. Times are CPU time of the thread, of `schedule` and of `update`; a busy
+machine takes the core away in between, which wall time would count. Garbage collection stays on.
 """
 
 import json
