@@ -53,8 +53,7 @@ class WaitingQueue:
         self._count(request, 1)
         urgency = (request.priority, request.latest_start, request.order, request)
         heapq.heappush(self._urgent[request.service], urgency)
-        # A deadline is for the start; who has started once is past it.
-        if request.deadline is not None and request.first_scheduled_time is None:
+        if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.order, request))
 
     def remove(self, request: Request) -> None:
@@ -83,6 +82,7 @@ class WaitingQueue:
         late: list[Request] = []
         while self._deadlines and self._deadlines[0][0] <= now:
             request = heapq.heappop(self._deadlines)[2]
+            # A deadline is for the start; who has started once is past it.
             if request.status is RequestStatus.QUEUED and request.first_scheduled_time is None:
                 late.append(request)
         return late
