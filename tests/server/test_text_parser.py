@@ -110,7 +110,10 @@ def test_any_stream_equals_the_official_parser(
 # The official parser does not look for stop strings in the spelling of an added token, and it does in newlines that it
 # then drops. Here the visible text counts, no more and no less; these streams have neither.
 WORDS = st.lists(st.sampled_from([*NEWLINES, 28927, 225, *TOKENIZER.encode(" abc b ca\nab")]), max_size=14)
-STOPS = st.lists(st.text("ab\nc ", min_size=1, max_size=3), max_size=3)
+# Of two stops that end together the official parser takes the shorter; here the one that begins first ends the answer.
+STOPS = st.lists(st.text("ab\nc ", min_size=1, max_size=3), max_size=3).filter(
+    lambda stops: not any(a != b and b.endswith(a) for a in stops for b in stops)
+)
 
 
 @given(WORDS, WORDS, st.sampled_from(sorted(ORACLE_STAGES)), STOPS)
