@@ -230,6 +230,20 @@ class PrefixIndex:
             self._offer(node)
         return evicted
 
+    def discard(self, host_pages: set[int], page_ids: set[int]) -> Evicted:
+        """Drop the pages in these places, whose content was lost, and all that follow them. None is in a table."""
+        evicted = Evicted()
+        lost = [n for n in self._nodes.values() if n.host_page in host_pages or n.page_id in page_ids]
+        roots = set(lost)
+        below = [n for n in self._nodes.values() if any(before in roots for before in n.path())]
+        for node in sorted(below, key=lambda n: -n.depth):
+            self._drop(node, evicted)
+        return evicted
+
+    def device_pages(self) -> set[int]:
+        """Device pages that the index owns; for checks."""
+        return {node.page_id for node in self._nodes.values() if node.page_id is not None}
+
     def check(self, tips: Iterable[Node], pinned: Iterable[Node] = ()) -> None:
         """Recompute the books from the tips of all tables and pins; AssertionError names the first lie."""
         nodes = [*self._roots.values(), *self._nodes.values()]
