@@ -307,6 +307,11 @@ class PrefixIndex:
             self._num_on_device += 1
         elif not node.refs:
             self._count(node, -1)
+            if node.page_id is not None and node.key == key:
+                # Nobody reads the page that is there: an equal one in a table takes its place, and memory is not
+                # held twice.
+                freed.page_ids.append(node.page_id)
+                node.page_id, adopted = page_id, True
         node.refs += 1
         if node.page_id is None and node.key == key:
             self._move_to_device(node, page_id)
