@@ -10,7 +10,9 @@ from collections.abc import Iterable
 
 from engine.config import ResolvedConfig
 from engine.fairness import TenantClock
-from engine.kv.manager import Grant, KVManager, Shortage
+from engine.kv.grant import Grant, Shortage
+from engine.kv.manager import KVManager
+from engine.kv.resume import ResumePlan
 from engine.output_lengths import OutputLengths
 from engine.policy import ServiceClass, credit_is_spent, long_share_binds, tokens_to_reserve
 from engine.request import Request
@@ -43,8 +45,13 @@ class AdmissionOrder:
         """The request that must start before any other of its priority or a lower one: its credit is spent."""
         return min(self._spent.values(), key=lambda r: r.priority, default=None)
 
-    def admit(self, request: Request, running: Iterable[Request]) -> Grant | None:
-        """Start a waiting request if that is allowed and there is room; it leaves the queue then."""
+    def admit(
+        self, request: Request, running: Iterable[Request], plan: ResumePlan, now: float
+    ) -> tuple[Grant, int] | None:
+        """Start a waiting request if that is allowed and there is room; it leaves the queue then.
+
+        Returns its grant and the position at which it goes on.
+        """
         if not self._kv.num_free_slots:
             return None
         first = self.first()
@@ -53,14 +60,14 @@ class AdmissionOrder:
         num_tokens = self.reserve(request)
         if request is not first and self._long_share_binds(request, num_tokens, running):
             return None
-        grant = self._kv.admit(request.request_id, num_tokens)
-        if isinstance(grant, Shortage):
+        admitted = self._kv.admit(request.request_id, num_tokens, plan, request.keys, request.token_ids, now)
+        if isinstance(admitted, Shortage):
             self._short.setdefault(request.request_id, request)
             return None
         self.remove(request)
         if request is not first:
             self._count_bypass(request)
-        return grant
+        return admitted
 
     def reserve(self, request: Request) -> int:
         """Tokens whose pages the request must find now."""

@@ -64,6 +64,10 @@ class StepBudget:
             return granted if first or granted >= LEAST_CHUNK else 0
         return granted
 
+    def spend(self, seconds: float) -> None:
+        """Something beside rows takes a part of the prompts' seconds."""
+        self._limit -= seconds
+
     def take(self, start: int, num_rows: int) -> float:
         """Add a chunk; returns the seconds by which it lengthens the step."""
         assert 0 < num_rows <= self.rows_left

@@ -180,7 +180,7 @@ class InProcessClient(StreamingClient):
 
     def _send(self, message: ToEngine) -> None:
         self._loop = asyncio.get_running_loop()
-        self._core.inbox.put(message)
+        self._core.inbox.put(self._core.prepare(message))
 
     def _post(self, frame: FromEngine) -> None:
         if self._loop is None:

@@ -41,6 +41,8 @@ class EngineConfig:
     """Budget for pages and slots; None: a share of the memory that is free when the weights are loaded."""
     host_cache_bytes: int | None = None
     """Budget in host memory for snapshots and spilled pages; 0: none; None: a share of the memory that is left."""
+    enable_prefix_cache: bool = True
+    """Keep computed prefixes for requests that begin with them; without it a request computes all of its tokens."""
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory that weights, pages, slots and workspace may take together."""
     num_threads: int | None = None
@@ -125,6 +127,7 @@ class ResolvedConfig:
     """Pages of host memory that pages are spilled to."""
     num_snapshots: int = 0
     """Packed slots in host memory."""
+    enable_prefix_cache: bool = True
     scheduling: SchedulingConfig = SchedulingConfig()
 
     def layout(self, model: ModelConfig) -> KVLayout:
@@ -279,6 +282,7 @@ def resolve(config: EngineConfig, model: ModelConfig, facts: MachineFacts) -> Re
         num_threads=config.num_threads or facts.num_cores,
         num_host_pages=host_pages,
         num_snapshots=snapshots,
+        enable_prefix_cache=config.enable_prefix_cache,
         scheduling=_scheduling(config, facts),
     )
 

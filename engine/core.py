@@ -7,8 +7,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 from engine.executor import Executor, StepError
+from engine.kv.hashing import PageKeys
 from engine.messages import (
     PROTOCOL_VERSION,
     AbortRequest,
@@ -20,6 +22,7 @@ from engine.messages import (
     Ping,
     Shutdown,
     ToEngine,
+    unpack_ids,
 )
 from engine.plan import StepPlan, StepResult
 from engine.request import InvalidRequestError, Request
@@ -29,6 +32,13 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
 """Longest silence of a healthy step loop between steps."""
+
+
+class Prepared(NamedTuple):
+    """A request and the names of its pages."""
+
+    request: AddRequest
+    keys: PageKeys
 
 
 class EngineCore:
@@ -46,7 +56,7 @@ class EngineCore:
         self.executor = executor
         self.scheduler = Scheduler(executor.config, layout, eos_token_id=executor.eos_token_id)
         self.info = engine_info(executor, load_seconds=load_seconds)
-        self.inbox: SimpleQueue[ToEngine | Exception] = SimpleQueue()
+        self.inbox: SimpleQueue[ToEngine | Prepared | Exception] = SimpleQueue()
         """An exception in it ends the engine: that is how a broken link tells the loop."""
         self.outbox: deque[FromEngine] = deque()
         self._clock = clock
@@ -95,10 +105,12 @@ class EngineCore:
         except Empty:
             return
 
-    def _handle(self, message: ToEngine | Exception) -> None:
+    def _handle(self, message: ToEngine | Prepared | Exception) -> None:
         match message:
             case AddRequest():
-                self._add(message)
+                self._add(message, None)
+            case Prepared():
+                self._add(message.request, message.keys)
             case AbortRequest():
                 self.scheduler.abort(message.request_id)
             case Ping():
@@ -108,7 +120,16 @@ class EngineCore:
             case Exception():
                 raise message
 
-    def _add(self, message: AddRequest) -> None:
+    def prepare(self, message: ToEngine) -> "ToEngine | Prepared":
+        """Name the pages of a prompt, which takes time where it is long; on any thread but the step loop's."""
+        if not isinstance(message, AddRequest) or not message.prompt_token_ids or len(message.prompt_token_ids) % 4:
+            return message
+        hasher = self.scheduler.hasher
+        if hasher is None:
+            return message
+        return Prepared(message, PageKeys(hasher, message.cache_salt, unpack_ids(message.prompt_token_ids)))
+
+    def _add(self, message: AddRequest, keys: PageKeys | None) -> None:
         if message.request_id in self.scheduler.requests:
             # An answer would end the stream of the request that has the id.
             logger.error("request id %s came twice; the second one is dropped", message.request_id)
@@ -128,6 +149,7 @@ class EngineCore:
             logger.exception("request %s cannot be read", message.request_id)
             self.scheduler.refuse(message.request_id, "The engine could not read this request.")
         else:
+            request.keys = keys
             self.scheduler.add(request)
 
     def _execute(self, plan: StepPlan) -> StepResult:
@@ -137,7 +159,8 @@ class EngineCore:
             return self.executor.execute(plan)
         except StepError as error:
             logger.exception("step %d failed; its %d requests end", plan.step_id, len(plan.scheduled))
-            return StepResult(step_id=plan.step_id, failed={s.request_id: str(error) for s in plan.scheduled})
+            failed = {s.request_id: str(error) for s in plan.scheduled}
+            return StepResult(step_id=plan.step_id, failed=failed, lost=True)
 
 
 def engine_info(executor: Executor, *, load_seconds: float = 0.0) -> EngineInfo:

@@ -147,6 +147,22 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Times a request started past another one that did not fit; total since start."""
     num_recomputed_tokens: int = 0
     """Rows computed again after a preemption; total since start."""
+    num_cached_pages: int = 0
+    """Pages on the device that the prefix cache has, those that requests share included."""
+    num_host_pages_used: int = 0
+    num_snapshots_used: int = 0
+    num_hibernations: int = 0
+    """Requests that went back to the queue with a snapshot; total since start."""
+    num_wakes: int = 0
+    """Requests that came back and were not computed from the start; total since start."""
+    moved_bytes: int = 0
+    """Copied between device and host; total since start."""
+    hit_tokens: int = 0
+    """Prompt tokens of started requests that were cached, and"""
+    queried_tokens: int = 0
+    """all of them; totals since start."""
+    miss_counts: dict[str, int] = {}
+    """Started requests by why no more was cached ("none": all that could be expected was); totals since start."""
 
 
 class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):
@@ -165,6 +181,8 @@ class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):
     queued_seconds: tuple[float, ...]
     """Arrival to first scheduled step; 0 until then."""
     stats: EngineStats
+    miss_reasons: tuple[str | None, ...] = ()
+    """Why no more of the prompt was cached; None when all that could be expected was, or nothing has started."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):

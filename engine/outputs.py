@@ -21,6 +21,7 @@ class OutputColumns:
         self._logprobs: list[tuple[LogprobRow, ...] | None] = []
         self._errors: list[RequestError | None] = []
         self._queued_seconds: list[float] = []
+        self._miss_reasons: list[str | None] = []
 
     def __len__(self) -> int:
         return len(self._request_ids)
@@ -36,6 +37,8 @@ class OutputColumns:
             logprobs=None if logprobs is None else (_row(logprobs),),
             error=request.error,
             queued_seconds=request.queued_seconds,
+            # What other tenants have cached is not this one's business.
+            miss_reason="cold" if request.miss_reason == "salt" else request.miss_reason,
         )
 
     def refuse(self, request_id: str, error: RequestError) -> None:
@@ -53,6 +56,7 @@ class OutputColumns:
         logprobs: tuple[LogprobRow, ...] | None = None,
         error: RequestError | None = None,
         queued_seconds: float = 0.0,
+        miss_reason: str | None = None,
     ) -> None:
         self._request_ids.append(request_id)
         self._token_ids.extend(token_ids)
@@ -63,6 +67,7 @@ class OutputColumns:
         self._logprobs.append(logprobs)
         self._errors.append(error)
         self._queued_seconds.append(queued_seconds)
+        self._miss_reasons.append(miss_reason)
 
     def pack(self, stats: EngineStats) -> StepOutputs:
         return StepOutputs(
@@ -76,6 +81,7 @@ class OutputColumns:
             errors=tuple(self._errors),
             queued_seconds=tuple(self._queued_seconds),
             stats=stats,
+            miss_reasons=tuple(self._miss_reasons),
         )
 
 

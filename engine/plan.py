@@ -137,6 +137,8 @@ class StepResult:
     logprobs: tuple[TokenLogprobs | None, ...] = ()
     failed: dict[str, str] = field(default_factory=dict)
     """Requests whose own computation failed (NaN logits, for one) and why; they have no token."""
+    lost: bool = False
+    """The step failed as a whole: nothing of what it was to write is there."""
     seconds: float = 0.0
 
 

@@ -31,6 +31,8 @@ UNKNOWN_ANSWER = 256
 """The same while nothing is known; tokens."""
 MISPREDICTED = 0.15
 """Relative error of a step's prediction beyond which it is counted."""
+PERIODIC_SNAPSHOT_TOKENS = 32_768
+"""A cold prompt of more than twice as many tokens leaves a snapshot each time it has computed so many."""
 MOST_SHORTAGES = 8
 """Requests that may be found not to fit before a step stops looking for one that does."""
 

@@ -189,7 +189,7 @@ def _read(source: "zmq.Socket[bytes]", core: EngineCore) -> None:
         while True:
             message = _decode(source.recv())
             if message is not None:
-                core.inbox.put(message)
+                core.inbox.put(core.prepare(message))
     except zmq.ContextTerminated:
         pass
     except Exception as error:

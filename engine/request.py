@@ -5,7 +5,10 @@ from enum import Enum
 import msgspec
 import numpy as np
 
-from engine.kv.manager import Grant
+from engine.kv.grant import Grant
+from engine.kv.hashing import PageKeys
+from engine.kv.resume import MissReason
+from engine.kv.snapshot_store import SnapshotKind
 from engine.messages import AddRequest, FinishReason, RequestError, SamplingParams, unpack_ids
 from engine.policy import ServiceClass
 
@@ -37,8 +40,10 @@ class Request:
         "finish_reason",
         "first_scheduled_time",
         "grant",
+        "keys",
         "last_step_id",
         "latest_start",
+        "miss_reason",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_ever_computed",
@@ -51,9 +56,11 @@ class Request:
         "request_id",
         "sampling",
         "service",
+        "settled",
         "snapshot_positions",
         "status",
         "stop_token_id",
+        "stops",
         "tenant",
         "total_seconds",
         "trace_id",
@@ -86,6 +93,15 @@ class Request:
         self.num_ever_computed = 0
         """Most tokens that were ever computed; more than `num_computed_tokens` after a preemption."""
         self.num_cached_tokens = 0
+        """Tokens of the prompt that were not computed when the request first started."""
+        self.keys: PageKeys | None = None
+        """None: nothing of the request is looked up or cached."""
+        self.miss_reason: MissReason | None = None
+        """Why no more was cached, from the first start on."""
+        self.stops: dict[int, SnapshotKind] = dict.fromkeys(self.snapshot_positions, "prompt_end")
+        """Positions ahead at which a chunk ends and a snapshot is taken."""
+        self.settled = True
+        """Whether the slot stood at `num_computed_tokens` when the request ended."""
         self._tokens = prompt.astype(np.int32)
         self.grant: Grant | None = None
         self.status = RequestStatus.QUEUED
@@ -120,11 +136,12 @@ class Request:
 
     @property
     def chunk_limit(self) -> int:
-        """Where the next chunk must end at the latest: the next snapshot position, or the last token known."""
-        for position in self.snapshot_positions:
-            if position > self.num_computed_tokens:
-                return position
-        return self.num_tokens
+        """Where the next chunk must end at the latest: the next of `stops`, or the last token known."""
+        return self.limit_after(self.num_computed_tokens)
+
+    def limit_after(self, start: int) -> int:
+        """Where a chunk that begins at `start` must end at the latest."""
+        return min((position for position in self.stops if position > start), default=self.num_tokens)
 
     @property
     def slot(self) -> int | None:

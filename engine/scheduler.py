@@ -12,6 +12,7 @@ told to forget the request at the start of the next plan, before anything in tha
 """
 
 import logging
+import secrets
 from collections import Counter
 
 from engine import policy, victims
@@ -20,11 +21,14 @@ from engine.budget import StepBudget
 from engine.config import ResolvedConfig
 from engine.cost_model import CostModel, StepFeatures, cost_prior
 from engine.fairness import FavouredShare, TenantClock
-from engine.kv.manager import KVManager, Shortage
+from engine.kv.grant import Moves, Shortage
+from engine.kv.hashing import PageHasher, PageKeys
+from engine.kv.manager import KVManager
 from engine.messages import EngineStats, FinishReason, RequestError, StepOutputs
 from engine.outputs import OutputColumns
 from engine.plan import StepPlan, StepResult, TokenLogprobs
 from engine.request import Request, RequestStatus
+from engine.resume_costs import CopyAndComputeCosts
 from engine.stats import DrainMeter, Totals
 from engine.step_builder import StepBuilder
 from model.kv_layout import KVLayout
@@ -41,7 +45,19 @@ class Scheduler:
         """`costs` predicts steps and learns from them; None: one that starts from the model's arithmetic."""
         self.config = config
         self.costs = costs or CostModel(layout.config, cost_prior(layout.config, config.device))
-        self.kv = KVManager(layout, config.num_pages, config.max_num_seqs)
+        self._resume_costs = CopyAndComputeCosts(self.costs, config.device)
+        self.kv = KVManager(
+            layout,
+            config.num_pages,
+            config.max_num_seqs,
+            costs=self._resume_costs,
+            num_host_pages=config.num_host_pages if config.enable_prefix_cache else 0,
+            num_snapshots=config.num_snapshots if config.enable_prefix_cache else 0,
+        )
+        self.hasher: PageHasher | None = None
+        """Names pages; None: nothing is cached."""
+        if config.enable_prefix_cache:
+            self.hasher = PageHasher(secrets.token_bytes(32), _model_epoch(config), layout.page_tokens)
         self.totals = Totals()
         self.requests: dict[str, Request] = {}
         """Queued and running, by id."""
@@ -54,6 +70,8 @@ class Scheduler:
         self._forget: list[str] = []
         self._fenced: list[Request] = []
         self._in_flight: StepPlan | None = None
+        self._moves = Moves()
+        """Of the plan in flight."""
         self._predicted = (StepFeatures(), 0.0)
         """Of the plan in flight."""
         self._drain = DrainMeter()
@@ -83,6 +101,8 @@ class Scheduler:
         self.requests[request.request_id] = request
         request.service = policy.service_class(request.num_prompt_tokens, self.config.scheduling)
         self._tenants.enter(request.tenant)
+        if request.keys is None and self.hasher is not None:
+            request.keys = PageKeys(self.hasher, request.cache_salt, request.token_ids)
         self._queue(request)
         excess = self._never_fits(request)
         if excess is not None:
@@ -97,13 +117,13 @@ class Scheduler:
         request = self.requests.get(request_id)
         if request is not None:
             self._finish(request, "abort")
-            self._release_fenced()
+            self._release_fenced(request.arrival_time)
 
     def schedule(self, now: float) -> StepPlan:
         """Plan the next step. It is empty (its id that of the last step) when there is nothing to run or forget."""
         assert self._in_flight is None, "the last plan has not been committed"
         self._refuse_late(now)
-        grown = self._make_room()
+        grown = self._make_room(now)
         decodes, prompts = self._due()
         budget = StepBudget(self.costs, self.config.max_num_batched_tokens)
         step = StepBuilder(
@@ -117,11 +137,14 @@ class Scheduler:
             share=self._share,
             admission=self._admission,
             running=self._running,
+            totals=self.totals,
         )
         step.add_decodes(decodes, grown)
         step.add_prompts(prompts)
         self._drain.note(now, step.backlog_seconds + self._admission.waiting.backlog_seconds, step.drained_seconds)
+        moves = self._moves = self.kv.seal()
         if not step.rows and not self._forget:
+            assert moves == Moves(), "copies for nobody"
             return StepPlan(step_id=self.totals.step_id)
         self.totals.step_id += 1
         plan = StepPlan(
@@ -129,6 +152,12 @@ class Scheduler:
             new=tuple(step.new),
             scheduled=tuple(step.rows),
             finished=tuple(self._forget),
+            page_copies=tuple(moves.page_copies),
+            page_spills=tuple(moves.page_spills),
+            page_loads=tuple(moves.page_loads),
+            slot_restores=tuple(moves.slot_restores),
+            replays=tuple(moves.replays),
+            slot_snapshots=tuple(moves.slot_snapshots),
         )
         self._forget.clear()
         self._in_flight = plan
@@ -141,7 +170,9 @@ class Scheduler:
         assert self._in_flight is None or self._in_flight is plan
         self._in_flight = None
         self._committed_step_id = plan.step_id
-        awaited = self._commit_rows(plan)
+        moves, self._moves = self._moves, Moves()
+        self.kv.settle(set(result.failed), moves if result.lost else None)
+        awaited = self._commit_rows(plan, set(result.failed), now)
         for request_id, token_id, logprobs in zip(result.request_ids, result.token_ids, result.logprobs, strict=True):
             request = awaited.pop(request_id, None)
             if request is None or request_id in result.failed:
@@ -153,9 +184,13 @@ class Scheduler:
             self._fail(request_id, why)
         for request_id in awaited:
             self._fail(request_id, "the step returned no token")
-        if plan.scheduled and result.seconds > 0.0:
+        if plan.scheduled and result.seconds > 0.0 and not plan.replays:
             self._learn(plan.num_tokens, result.seconds)
-        self._release_fenced()
+        self._release_fenced(now)
+        if result.lost:
+            self.kv.forget_lost(moves)
+        else:
+            self._count_moves(moves)
         news, self._news = self._news, OutputColumns()
         return news.pack(self.stats())
 
@@ -170,6 +205,9 @@ class Scheduler:
             num_free_pages=self.kv.num_available_pages,
             num_free_slots=self.kv.num_free_slots,
             num_bypasses=self._admission.num_bypasses,
+            num_cached_pages=self.kv.index.num_device_pages,
+            num_host_pages_used=self.kv.index.host.num_pages - self.kv.index.host.num_free,
+            num_snapshots_used=len(self.kv.snapshots),
             backlog_seconds=self._drain.backlog_seconds,
             drain_seconds=self._drain.drain_seconds,
         )
@@ -191,13 +229,15 @@ class Scheduler:
             assert request.num_computed_tokens < request.num_tokens <= self.config.max_model_len
             covered = self.kv.layout.page_tokens * len(grant.page_ids)
             assert request.num_computed_tokens <= covered, f"{request.request_id} has rows outside its pages"
-        holders = len(self._running) + len(self._fenced)
+        holders = len(self._running) + len(self._fenced) + self.kv.num_departing
         assert self.config.max_num_seqs - self.kv.num_free_slots == holders, "a slot is held by nobody"
 
     def _queue(self, request: Request) -> None:
         """Predict a request's work and let it wait."""
         scheduling = self.config.scheduling
-        request.prefill_seconds = self.costs.prefill_seconds(0, request.num_tokens)
+        if request.keys is not None:
+            request.keys.extend(request.token_ids)
+        request.prefill_seconds = self.kv.probe(request.keys, request.token_ids).est_seconds
         answer = self._admission.outputs.quantile(request.service, request.tenant, policy.EXPECTED_QUANTILE)
         num_left = min(
             policy.UNKNOWN_ANSWER if answer is None else answer, request.sampling.max_tokens - request.num_output_tokens
@@ -215,7 +255,7 @@ class Scheduler:
             )
             self._finish(late, "error", error=RequestError("deadline_exceeded", waited))
 
-    def _make_room(self) -> dict[str, tuple[int, ...]]:
+    def _make_room(self, now: float) -> dict[str, tuple[int, ...]]:
         """Give every answer the page that its next row needs, from victims where there is a shortage; returns the
         pages by request.
         """
@@ -227,19 +267,21 @@ class Scheduler:
             while request.grant is not None and request.num_tokens > page_tokens * len(request.grant.page_ids):
                 pages = self.kv.extend(request.grant, request.num_tokens)
                 if isinstance(pages, Shortage):
-                    self._preempt(pages.pages_wanted - pages.pages_available)
+                    self._preempt(pages.pages_wanted - pages.pages_available, now)
                 else:
                     grown[request.request_id] = pages
         return grown
 
-    def _preempt(self, pages_needed: int) -> None:
+    def _preempt(self, pages_needed: int, now: float) -> None:
         """Send running requests back to the queue until that many pages are available; no plan is in flight."""
         chosen = victims.choose([self._as_victim(r) for r in self._running.values()], pages_needed)
         assert chosen, "pages are missing and nobody holds any"
         for request_id in chosen:
             request = self._running.pop(request_id)
             assert request.grant is not None and request.last_step_id <= self._committed_step_id
-            self.kv.release(request.grant)
+            departing = self.kv.num_departing
+            self.kv.release(request.grant, request.token_ids, request.num_computed_tokens, now, keep="hibernate")
+            self.totals.num_hibernations += self.kv.num_departing - departing
             self._forget.append(request_id)
             request.preempt()
             self._queue(request)
@@ -252,9 +294,21 @@ class Scheduler:
             priority=request.priority,
             service=request.service,
             pages_freed=request.grant.num_reserved_pages,
-            restore_seconds=self.costs.prefill_seconds(0, request.num_computed_tokens),
+            restore_seconds=self._restore_seconds(request.num_computed_tokens),
             order=request.order,
         )
+
+    def _restore_seconds(self, position: int) -> float:
+        """To bring a request back to a position: from host memory where there is any, else from its first token."""
+        if not (self.kv.snapshots.num_places and self.kv.index.host.num_pages):
+            return self.costs.prefill_seconds(0, position)
+        layout = self.kv.layout
+        return self._resume_costs.load_seconds(layout.bytes_for(position) + layout.bytes_per_snapshot)
+
+    def _count_moves(self, moves: Moves) -> None:
+        num_pages, num_slots = moves.num_host_copies
+        layout = self.kv.layout
+        self.totals.moved_bytes += num_pages * layout.bytes_per_page + num_slots * layout.bytes_per_snapshot
 
     def _due(self) -> tuple[list[Request], list[Request]]:
         """Running requests with one row to go, and those with more."""
@@ -271,12 +325,12 @@ class Scheduler:
         self.totals.count_step(num_tokens=num_tokens, seconds=seconds, predicted=predicted)
         self.costs.observe(features, seconds)
 
-    def _commit_rows(self, plan: StepPlan) -> dict[str, Request]:
+    def _commit_rows(self, plan: StepPlan, failed: set[str], now: float) -> dict[str, Request]:
         """Count the rows of a step; returns the live requests that a token is due for."""
         awaited: dict[str, Request] = {}
         for row in plan.scheduled:
             request = self.requests.get(row.request_id)
-            if request is None:
+            if request is None or request.grant is None:
                 continue
             end = row.start + row.num_tokens
             seen = request.num_ever_computed
@@ -284,6 +338,8 @@ class Scheduler:
                 self.totals.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - max(row.start, seen))
                 self.totals.num_recomputed_tokens += max(0, min(end, seen) - row.start)
             request.num_computed_tokens = end
+            if row.request_id not in failed:
+                self.kv.commit(request.grant, request.token_ids, end, now)
             if end > seen:
                 request.num_ever_computed = end
             if row.samples:
@@ -352,6 +408,7 @@ class Scheduler:
             del self._running[request.request_id]
             self._forget.append(request.request_id)
             self._fenced.append(request)
+            request.settled = request.last_step_id <= self._committed_step_id and reason != "error"
         del self.requests[request.request_id]
         self._tenants.leave(request.tenant)
         if reason in ("stop", "length"):
@@ -362,13 +419,25 @@ class Scheduler:
         request.stop_token_id = stop_token_id
         self._news.add(request, token_ids, logprobs)
 
-    def _release_fenced(self) -> None:
+    def _release_fenced(self, now: float) -> None:
         still: list[Request] = []
         for request in self._fenced:
             if request.last_step_id > self._committed_step_id:
                 still.append(request)
             else:
                 assert request.grant is not None
-                self.kv.release(request.grant)
+                self.kv.release(
+                    request.grant,
+                    request.token_ids,
+                    request.num_computed_tokens,
+                    now,
+                    keep="turn_end" if request.settled else None,
+                )
                 request.grant = None
         self._fenced = still
+
+
+def _model_epoch(config: ResolvedConfig) -> str:
+    """All that cached rows depend on beside tokens."""
+    parts = (config.model_dir, config.device, config.dtype, config.numerics, config.row_format, config.index_format)
+    return "\0".join((*parts, str(config.deterministic)))

@@ -1,7 +1,8 @@
 """Running totals of one engine, the pace of its queue, and the frame of gauges made of them."""
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.messages import EngineStats
@@ -25,6 +26,12 @@ class Totals:
     num_recomputed_tokens: int = 0
     """Rows computed again after a preemption."""
     num_mispredicted_steps: int = 0
+    num_hibernations: int = 0
+    num_wakes: int = 0
+    moved_bytes: int = 0
+    hit_tokens: int = 0
+    queried_tokens: int = 0
+    miss_counts: Counter[str] = field(default_factory=Counter)
     step_id: int = 0
     step_seconds: float = 0.0
     step_tokens: int = 0
@@ -38,6 +45,12 @@ class Totals:
         if abs(predicted - seconds) > MISPREDICTED * seconds:
             self.num_mispredicted_steps += 1
 
+    def count_start(self, *, num_tokens: int, num_cached: int, miss: str | None) -> None:
+        """A request has started for the first time."""
+        self.hit_tokens += num_cached
+        self.queried_tokens += num_tokens
+        self.miss_counts[miss or "none"] += 1
+
     def frame(self, **gauges: Any) -> EngineStats:
         """The totals and the gauges of the moment, which the scheduler gives by name."""
         return EngineStats(
@@ -47,6 +60,12 @@ class Totals:
             num_preemptions=self.num_preemptions,
             num_recomputed_tokens=self.num_recomputed_tokens,
             num_mispredicted_steps=self.num_mispredicted_steps,
+            num_hibernations=self.num_hibernations,
+            num_wakes=self.num_wakes,
+            moved_bytes=self.moved_bytes,
+            hit_tokens=self.hit_tokens,
+            queried_tokens=self.queried_tokens,
+            miss_counts=dict(self.miss_counts),
             step_seconds=self.step_seconds,
             step_tokens=self.step_tokens,
             predicted_step_seconds=self.predicted_step_seconds,

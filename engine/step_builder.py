@@ -12,12 +12,15 @@ from engine.budget import StepBudget
 from engine.config import SchedulingConfig
 from engine.cost_model import CostModel
 from engine.fairness import FavouredShare, TenantClock
-from engine.kv.manager import KVManager, Shortage
+from engine.kv.grant import Shortage
+from engine.kv.manager import KVManager
+from engine.kv.resume import ResumePlan
 from engine.plan import NewRequest, ScheduledTokens
 from engine.policy import (
     MOST_BEGUN,
     MOST_CHUNKS,
     MOST_SHORTAGES,
+    PERIODIC_SNAPSHOT_TOKENS,
     OrderKey,
     ServiceClass,
     is_pressed,
@@ -27,6 +30,7 @@ from engine.policy import (
     step_seconds,
 )
 from engine.request import Request, RequestStatus
+from engine.stats import Totals
 from engine.waiting import Scan
 
 
@@ -46,6 +50,7 @@ class StepBuilder:
         share: FavouredShare,
         admission: AdmissionOrder,
         running: dict[str, Request],
+        totals: Totals,
     ) -> None:
         """`running` is the scheduler's own; requests that start are added to it."""
         self.rows: list[ScheduledTokens] = []
@@ -64,6 +69,11 @@ class StepBuilder:
         self._share = share
         self._admission = admission
         self._running = running
+        self._totals = totals
+        self._plans: dict[str, ResumePlan] = {}
+        """Ways into the waiting requests that were looked at, until memory changes hands."""
+        self._brought: dict[str, tuple[int, ...]] = {}
+        """Pages that a starting request brings: they are named with its first rows."""
         self._line: dict[str, tuple[float, Request]] = {}
         """Running prompts that have no chunk in this step yet, with their seconds to go."""
         self._num_begun: Counter[int] = Counter()
@@ -214,18 +224,37 @@ class StepBuilder:
 
     def _rows_for(self, request: Request, seconds_kept: float = 0.0, rows_kept: int = 0) -> int:
         start = request.num_computed_tokens
-        wanted = request.chunk_limit - start
-        return self._budget.rows_for(start, wanted, seconds_kept=seconds_kept, rows_kept=rows_kept)
+        replayed = 0.0
+        if request.status is RequestStatus.QUEUED:
+            plan = self._plan_for(request)
+            start = plan.resume_at
+            replayed = self._costs.replay_seconds(start) if plan.replay else 0.0
+        wanted = request.limit_after(start) - start
+        return self._budget.rows_for(start, wanted, seconds_kept=seconds_kept + replayed, rows_kept=rows_kept)
+
+    def _plan_for(self, request: Request) -> ResumePlan:
+        """The way into a waiting request as memory stands."""
+        plan = self._plans.get(request.request_id)
+        if plan is None:
+            plan = self._plans[request.request_id] = self._kv.probe(request.keys, request.token_ids)
+        return plan
 
     def _start(self, request: Request, num_rows: int) -> bool:
         """Admit a waiting request that would get `num_rows` rows now."""
-        finishes = num_rows == request.num_uncomputed_tokens
+        plan = self._plan_for(request)
+        finishes = num_rows == request.num_tokens - plan.resume_at
         if not finishes and sum(n for p, n in self._num_begun.items() if p <= request.priority) >= MOST_BEGUN:
             return False
-        grant = self._admission.admit(request, self._running.values())
-        if grant is None:
+        admitted = self._admission.admit(request, self._running.values(), plan, self._now)
+        if admitted is None:
             return False
+        self._plans.clear()
+        grant, resume_at = admitted
+        if plan.replay and resume_at:
+            self._budget.spend(self._costs.replay_seconds(resume_at))
+        self._resume(request, plan, resume_at)
         request.grant = grant
+        self._brought[request.request_id] = tuple(grant.page_ids)
         request.status = RequestStatus.RUNNING
         if request.first_scheduled_time is None:
             request.first_scheduled_time = self._now
@@ -238,19 +267,47 @@ class StepBuilder:
                 token_ids=request.token_ids,
                 num_prompt_tokens=request.num_prompt_tokens,
                 sampling=request.sampling,
+                num_computed_tokens=resume_at,
             )
         )
         return True
+
+    def _resume(self, request: Request, plan: ResumePlan, resume_at: int) -> None:
+        """Let a starting request go on at a position, and settle where it leaves snapshots."""
+        if request.first_scheduled_time is None:
+            request.num_cached_tokens = resume_at
+            request.miss_reason = plan.miss if request.keys is not None else None
+            if request.keys is not None:
+                self._totals.count_start(num_tokens=request.num_tokens, num_cached=resume_at, miss=plan.miss)
+        elif resume_at:
+            self._totals.num_wakes += 1
+        request.num_computed_tokens = resume_at
+        request.num_ever_computed = max(request.num_ever_computed, resume_at)
+        if request.keys is None or not self._kv.snapshots.num_places:
+            return
+        if plan.junction is not None and resume_at < plan.junction < request.num_tokens:
+            request.stops.setdefault(plan.junction, "junction")
+        if request.num_prompt_tokens - resume_at > 2 * PERIODIC_SNAPSHOT_TOKENS:
+            first = (resume_at // PERIODIC_SNAPSHOT_TOKENS + 1) * PERIODIC_SNAPSHOT_TOKENS
+            for position in range(first, request.num_prompt_tokens, PERIODIC_SNAPSHOT_TOKENS):
+                request.stops.setdefault(position, "periodic")
 
     def _take(self, request: Request, num_rows: int) -> None:
         if not num_rows:
             return
         assert request.grant is not None
         start = request.num_computed_tokens
+        num_rows = min(num_rows, request.limit_after(start) - start)
         end = start + num_rows
         page_ids = self._kv.extend(request.grant, end)
         assert not isinstance(page_ids, Shortage), "the pages of a prompt are reserved"
+        if page_ids:
+            self._plans.clear()
+        page_ids = self._brought.pop(request.request_id, ()) + page_ids
         seconds = self._budget.take(start, num_rows)
+        kind = request.stops.get(end)
+        if kind is not None:
+            self._kv.order_snapshot(request.grant, request.token_ids, end, kind, self._now)
         self._tenants.charge(request.tenant, seconds)
         self._prompt_seconds += seconds
         self.drained_seconds += request.prefill_seconds * num_rows / request.num_tokens

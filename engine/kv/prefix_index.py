@@ -230,6 +230,20 @@ class PrefixIndex:
             self._offer(node)
         return evicted
 
+    def discard(self, host_pages: set[int], page_ids: set[int]) -> Evicted:
+        """Drop the pages in these places, whose content was lost, and all that follow them. None is in a table."""
+        evicted = Evicted()
+        lost = [n for n in self._nodes.values() if n.host_page in host_pages or n.page_id in page_ids]
+        roots = set(lost)
+        below = [n for n in self._nodes.values() if any(before in roots for before in n.path())]
+        for node in sorted(below, key=lambda n: -n.depth):
+            self._drop(node, evicted)
+        return evicted
+
+    def device_pages(self) -> set[int]:
+        """Device pages that the index owns; for checks."""
+        return {node.page_id for node in self._nodes.values() if node.page_id is not None}
+
     def check(self, tips: Iterable[Node], pinned: Iterable[Node] = ()) -> None:
         """Recompute the books from the tips of all tables and pins; AssertionError names the first lie."""
         nodes = [*self._roots.values(), *self._nodes.values()]
@@ -293,6 +307,11 @@ class PrefixIndex:
             self._num_on_device += 1
         elif not node.refs:
             self._count(node, -1)
+            if node.page_id is not None and node.key == key:
+                # Nobody reads the page that is there: an equal one in a table takes its place, and memory is not
+                # held twice.
+                freed.page_ids.append(node.page_id)
+                node.page_id, adopted = page_id, True
         node.refs += 1
         if node.page_id is None and node.key == key:
             self._move_to_device(node, page_id)

@@ -2,7 +2,8 @@
 
 A token is a hash of the request's whole history and its seed, so chunking, batching and neighbours cannot change it:
 equal requests get equal tokens under every budget. Every plan is compared with the executor's own record of requests,
-pages and slots; a plan that would read or write the wrong memory on a device raises AssertionError here.
+pages and slots: a page is the bytes of the tokens written to it, a slot and a snapshot are a hash of the whole history.
+A plan that would read or write the wrong memory on a device raises AssertionError here.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -54,15 +54,36 @@ class Faults:
     hang_seconds: float = math.inf
 
 
+@dataclass(slots=True)
+class _Slot:
+    """State of one request at a position."""
+
+    position: int
+    history: "hashlib.blake2b"
+    """Of all tokens before the position."""
+
+    def copy(self) -> "_Slot":
+        return _Slot(self.position, self.history.copy())
+
+
+@dataclass(slots=True)
+class _Page:
+    content: bytearray = field(default_factory=bytearray)
+    """int32 bytes of the tokens whose rows it holds."""
+    readers: set[str] = field(default_factory=set)
+    """Requests with the page in their tables."""
+
+
 @dataclass(slots=True, kw_only=True)
 class _Record:
     """What a device would remember of one request."""
 
     new: NewRequest
-    history: "hashlib.blake2b"
     sampled: list[int] = field(default_factory=list)
     num_computed: int = 0
     page_ids: list[int] = field(default_factory=list)
+    stands: bool = True
+    """Whether the slot is that of `num_computed`: False until it is restored or replayed."""
 
     @property
     def num_tokens(self) -> int:
@@ -105,7 +126,10 @@ class SimExecutor:
         self._sleep = sleep
         self._faults = faults or Faults()
         self._records: dict[str, _Record] = {}
-        self._page_owner: dict[int, str] = {}
+        self._pages: dict[int, _Page] = {}
+        self._slots: dict[int, _Slot] = {}
+        self._snapshots: dict[int, _Slot] = {}
+        self._host_pages: dict[int, bytes] = {}
         self._slot_owner: dict[int, str] = {}
         self._last_step_id = 0
 
@@ -118,6 +142,7 @@ class SimExecutor:
             raise self._faults.raise_in_step[plan.step_id]
         for new in plan.new:
             self._learn(new)
+        self._move(plan)
         sampled: list[tuple[str, int, TokenLogprobs | None]] = []
         failed: dict[str, str] = {}
         for rows in plan.scheduled:
@@ -130,6 +155,11 @@ class SimExecutor:
             token_id = self._sample(record)
             record.sampled.append(token_id)
             sampled.append((rows.request_id, token_id, self._logprobs(record, token_id)))
+        for slot, position, snapshot in plan.slot_snapshots:
+            assert 0 <= snapshot < self.config.num_snapshots, f"snapshot {snapshot}"
+            kept = self._slots[slot]
+            assert kept.position == position, f"slot {slot} stands at {kept.position}, not at {position}"
+            self._snapshots[snapshot] = kept.copy()
         seconds = self._cost.seconds(plan)
         if self._sleep:
             time.sleep(seconds)
@@ -151,7 +181,7 @@ class SimExecutor:
             record = self._records.pop(request_id, None)
             if record is not None:
                 for page_id in record.page_ids:
-                    del self._page_owner[page_id]
+                    self._pages[page_id].readers.discard(request_id)
                 del self._slot_owner[record.new.slot]
 
     def _check_step(self, plan: StepPlan) -> None:
@@ -161,15 +191,8 @@ class SimExecutor:
         ids = [s.request_id for s in plan.scheduled]
         assert len(set(ids)) == len(ids), "a request is scheduled twice"
         assert {n.request_id for n in plan.new} <= set(ids), "a new request has no rows"
-        reserved: tuple[tuple[Any, ...], ...] = (
-            plan.page_copies,
-            plan.slot_restores,
-            plan.slot_snapshots,
-            plan.page_loads,
-            plan.page_spills,
-            plan.replays,
-        )
-        assert not any(reserved), "the simulated executor moves no pages and restores no slots"
+        places = [s.snapshot for s in plan.slot_snapshots]
+        assert len(set(places)) == len(places), "two snapshots in one place"
 
     def _learn(self, new: NewRequest) -> None:
         assert new.request_id not in self._records, f"{new.request_id} is new twice"
@@ -178,8 +201,58 @@ class SimExecutor:
         assert new.token_ids.dtype == np.int32 and len(new.token_ids) >= new.num_prompt_tokens >= 1
         assert new.sampling.seed is not None, "the engine draws a seed when the request arrives"
         self._slot_owner[new.slot] = new.request_id
-        salt = (new.sampling.seed % 2**64).to_bytes(8, "little")
-        self._records[new.request_id] = _Record(new=new, history=hashlib.blake2b(digest_size=16, salt=salt))
+        assert 0 <= new.num_computed_tokens < len(new.token_ids)
+        record = _Record(new=new, num_computed=new.num_computed_tokens, stands=not new.num_computed_tokens)
+        self._records[new.request_id] = record
+        if record.stands:
+            self._slots[new.slot] = _Slot(0, hashlib.blake2b(digest_size=16))
+
+    def _move(self, plan: StepPlan) -> None:
+        """Copies before the first row."""
+        for page, host_page in plan.page_spills:
+            assert 0 <= host_page < self.config.num_host_pages, f"host page {host_page}"
+            self._host_pages[host_page] = bytes(self._page(page).content)
+        for host_page, page in plan.page_loads:
+            self._fill(page, self._host_pages[host_page])
+        for copy in plan.page_copies:
+            self._fill(copy.target, bytes(self._page(copy.source).content))
+        resumed = {new.slot: new for new in plan.new if new.num_computed_tokens}
+        rows = {s.request_id: s for s in plan.scheduled}
+        for slot, snapshot, position in plan.slot_restores:
+            kept = self._snapshots[snapshot]
+            assert kept.position == position, f"snapshot {snapshot} is one of {kept.position}, not of {position}"
+            self._slots[slot] = kept.copy()
+            self._resume(resumed[slot], position, rows[resumed[slot].request_id])
+        for request_id, slot, position in plan.replays:
+            assert resumed[slot].request_id == request_id
+            assert position % PAGE_TOKENS == 0, "a replay ends with a page"
+            content = self._content(rows[request_id].new_page_ids, position)
+            self._slots[slot] = _Slot(position, hashlib.blake2b(content, digest_size=16))
+            self._resume(resumed[slot], position, rows[request_id])
+
+    def _resume(self, new: NewRequest, position: int, rows: ScheduledTokens) -> None:
+        """Check that pages and slot are those of a request's own history up to a position."""
+        record = self._records[new.request_id]
+        assert new.num_computed_tokens == position and not record.stands
+        content = self._content(rows.new_page_ids, position)
+        assert content == record.raw_tokens(0, position), f"{new.request_id}: its pages hold other tokens"
+        own = hashlib.blake2b(content, digest_size=16).digest()
+        assert self._slots[new.slot].history.digest() == own, f"{new.request_id}: its slot is another request's"
+        record.stands = True
+
+    def _content(self, page_ids: Sequence[int], position: int) -> bytes:
+        """Tokens before a position, as the pages have them."""
+        whole = b"".join(bytes(self._page(page_id).content) for page_id in page_ids[: -(-position // PAGE_TOKENS)])
+        return whole[: 4 * position]
+
+    def _page(self, page_id: int) -> "_Page":
+        assert 0 <= page_id < self.config.num_pages, f"page {page_id}"
+        return self._pages.setdefault(page_id, _Page())
+
+    def _fill(self, page_id: int, content: bytes) -> None:
+        page = self._page(page_id)
+        assert not page.readers, f"page {page_id} is overwritten while {page.readers} read it"
+        page.content = bytearray(content)
 
     def _run_rows(self, rows: ScheduledTokens) -> _Record:
         record = self._records[rows.request_id]
@@ -189,14 +262,28 @@ class SimExecutor:
         assert rows.samples == (end == record.num_tokens), f"{rows.request_id}: samples is wrong"
         assert end <= self.config.max_model_len
         for page_id in rows.new_page_ids:
-            assert 0 <= page_id < self.config.num_pages, f"page {page_id}"
-            owner = self._page_owner.setdefault(page_id, rows.request_id)
-            assert owner == rows.request_id and page_id not in record.page_ids, f"page {page_id} has two owners"
+            assert page_id not in record.page_ids, f"page {page_id} has two owners"
+            self._page(page_id).readers.add(rows.request_id)
             record.page_ids.append(page_id)
         assert len(record.page_ids) * PAGE_TOKENS >= end, f"{rows.request_id}: rows outside its pages"
-        record.history.update(record.raw_tokens(rows.start, end))
-        record.num_computed = end
+        slot = self._slots[record.new.slot]
+        assert record.stands and slot.position == rows.start, f"{rows.request_id}: its slot stands elsewhere"
+        slot.history.update(record.raw_tokens(rows.start, end))
+        slot.position = record.num_computed = end
+        self._write(record, rows)
         return record
+
+    def _write(self, record: _Record, rows: ScheduledTokens) -> None:
+        start, end = rows.start, rows.start + rows.num_tokens
+        while start < end:
+            stop = min(end, (start // PAGE_TOKENS + 1) * PAGE_TOKENS)
+            page_id = record.page_ids[start // PAGE_TOKENS]
+            page = self._pages[page_id]
+            assert page.readers == {rows.request_id}, f"page {page_id} has two owners"
+            first = 4 * (start % PAGE_TOKENS)
+            assert len(page.content) >= first, f"page {page_id} has a hole"
+            page.content[first:] = record.raw_tokens(start, stop)
+            start = stop
 
     def _sample(self, record: _Record) -> int:
         sampling = record.new.sampling
@@ -207,7 +294,10 @@ class SimExecutor:
             return self.eos_token_id
         early = record.num_output < sampling.min_tokens
         may_end = not early and not sampling.ignore_eos
-        word = int.from_bytes(record.history.digest(), "little")
+        assert sampling.seed is not None
+        history = self._slots[record.new.slot].history.copy()
+        history.update((sampling.seed % 2**64).to_bytes(8, "little"))
+        word = int.from_bytes(history.digest(), "little")
         if may_end and (word >> 64) / 2.0**64 < self._eos_probability:
             return self.eos_token_id
         token_id = word % self.model.vocab_size

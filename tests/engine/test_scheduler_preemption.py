@@ -114,7 +114,7 @@ class Run:
     """Messages through a core until all have ended; checks the books after every step."""
 
     def __init__(self, config: ResolvedConfig) -> None:
-        self.core = EngineCore(SimExecutor(config, preset("nano"), eos_probability=0.004), draw_seed=lambda: 1)
+        self.core = EngineCore(SimExecutor(config, preset("nano"), eos_probability=0.001), draw_seed=lambda: 1)
         self.tokens: dict[str, list[int]] = {}
         self.finish: dict[str, str] = {}
 

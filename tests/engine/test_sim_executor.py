@@ -63,7 +63,7 @@ def executor(make_config: Callable[..., ResolvedConfig]) -> SimExecutor:
         (StepPlan(step_id=2, new=(new("a", 2),), scheduled=(row("a", 0, 256, (6,)),)), "new twice"),
         (StepPlan(step_id=2, new=(new("c", 2),)), "no rows"),
         (StepPlan(step_id=2, new=(new("c", 2, 600),), scheduled=(row("c", 0, 600, (6, 7, 8), True),)), "600 rows"),
-        (StepPlan(step_id=2, page_copies=(PageCopy(source=1, target=2),)), "moves no pages"),
+        (StepPlan(step_id=2, page_copies=(PageCopy(source=1, target=5),)), "is overwritten while"),
     ],
 )
 def test_a_malformed_plan_is_refused(executor: SimExecutor, plan: StepPlan, text: str) -> None:

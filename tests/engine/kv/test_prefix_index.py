@@ -565,6 +565,7 @@ class World:
     def published(self, request: Running, i: int, end: int, positions: list[int], published: Published) -> None:
         prefix, freed = request.prefix(end), []
         page = self.tails.get(prefix) if end % P else self.pages.get(prefix)
+        unread = page is not None and not self.in_tables(page)
         request.tip, request.tip_prefix = published.node, prefix if page is None else page.prefix
         if page is None or (page.device is None and page.prefix == prefix):
             assert published.adopted
@@ -577,6 +578,13 @@ class World:
                 self.loading_host.add(page.host)
                 page.device, page.host = request.table[i], None
                 self.counts["same"] += 1
+        elif page.prefix == prefix and unread:
+            # An equal page that nobody reads makes room for the one in the table.
+            assert published.adopted and page.device is not None
+            request.private.discard(i)
+            freed.append(page.device)
+            page.device = request.table[i]
+            self.counts["same"] += 1
         else:
             assert not published.adopted
             self.counts["same"] += 1
