@@ -17,6 +17,8 @@ TTFT_WORK_FACTOR = 3.0
 """A prompt's first token is due after the goal of its class and this many times its own work."""
 PRESSED_SHARE = 0.5
 """Of the goal of its class: a prompt with less slack than that is pressed for time."""
+UNWATCHED_STEPS = 3.0
+"""Length of a step that holds nobody up but a newcomer, in steps."""
 LEAST_PREFILL_SHARE = 0.1
 """Of a step's seconds, when the decode rows alone take all of them: prompts go on, slowly, whatever the model says."""
 LEAST_CHUNK = 32
@@ -58,12 +60,18 @@ def order_key(
     return (priority, service, tenant_seconds, work_seconds, arrival, order)
 
 
-def step_seconds(decoding: Iterable[ServiceClass], pressed: bool, config: SchedulingConfig) -> float:
+def step_seconds(
+    decoding: Iterable[ServiceClass], pressed: bool, config: SchedulingConfig, *, alone: bool = False
+) -> float:
     """How long a step may take: the configured time, and while prompts are pressed for theirs as long as the answers
-    that run allow (longer steps are cheaper for each prompt row: every step reads the weights). Never longer than that.
+    that run allow (longer steps are cheaper for each prompt row: every step reads the weights). Never longer than
+    that, but for a prompt that is `alone`, with no answer and no other prompt to wait for it: `UNWATCHED_STEPS` steps.
     """
     nobody = max(config.step_seconds, config.interactive_itl_seconds)
-    limit = min((config.itl_seconds(service) for service in decoding), default=nobody)
+    limit = min((config.itl_seconds(service) for service in decoding), default=None)
+    if limit is None:
+        limit = UNWATCHED_STEPS * config.step_seconds if alone else nobody
+        return limit if pressed or alone else min(limit, config.step_seconds)
     return limit if pressed else min(limit, config.step_seconds)
 
 

@@ -113,7 +113,8 @@ class StepBuilder:
             self._line[request.request_id] = (left, request)
             self._num_begun[request.priority] += 1
             self.backlog_seconds += request.prefill_seconds * request.num_uncomputed_tokens / request.num_tokens
-        seconds = step_seconds(self._decoding, self._is_pressed(), self._config)
+        alone = len(self._line) + len(self._admission.waiting) == 1
+        seconds = step_seconds(self._decoding, self._is_pressed(), self._config, alone=alone)
         self._budget.open_prefill(prefill_seconds(seconds, self._budget.predicted_seconds))
         seconds_kept = self._favour()
         self._serve_line(seconds_kept)

@@ -26,6 +26,8 @@ from model.config import ModelConfig
 from model.presets import PRESET_NAMES, preset
 
 POLICIES = ("fathom", *BASELINES)
+ITL_MARGIN = 0.9
+"""The policy aims below the goal that it is judged by."""
 _EOS = 1
 _GIB = 2**30
 USAGE_ERROR = 2
@@ -38,14 +40,12 @@ def main(argv: Sequence[str]) -> int:
     try:
         model, card = preset(arguments.preset), gpu(arguments.gpu, efficiency=arguments.efficiency)
         config = simulated_config(model, kv_bytes=int(arguments.kv_gib * _GIB), max_num_seqs=arguments.max_num_seqs)
-        if arguments.step_seconds is not None:
-            scheduling = replace(
-                config.scheduling,
-                step_seconds=arguments.step_seconds,
-                interactive_itl_seconds=arguments.step_seconds,
-                long_itl_seconds=arguments.step_seconds,
-            )
-            config = replace(config, scheduling=scheduling)
+        step_seconds = arguments.step_seconds or config.scheduling.step_seconds
+        goal = max(step_seconds, ITL_MARGIN * arguments.slo_itl)
+        scheduling = replace(
+            config.scheduling, step_seconds=step_seconds, interactive_itl_seconds=goal, long_itl_seconds=goal
+        )
+        config = replace(config, scheduling=scheduling)
         trace = _trace(arguments)
         runs: dict[str, Run] = {}
         reports: list[Report] = []
