@@ -229,7 +229,9 @@ class StepBuilder:
         if request.status is RequestStatus.QUEUED:
             plan = self._plan_for(request)
             start = plan.resume_at
-            replayed = self._costs.replay_seconds(start) if plan.replay else 0.0
+            # The first prompt of a step begins even if its replay alone takes longer than a step.
+            if plan.replay and self._budget.features.num_prefill_rows:
+                replayed = self._costs.replay_seconds(start)
         wanted = request.limit_after(start) - start
         return self._budget.rows_for(start, wanted, seconds_kept=seconds_kept + replayed, rows_kept=rows_kept)
 
