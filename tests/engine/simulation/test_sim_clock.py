@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.config import ResolvedConfig
+from engine.config import ResolvedConfig, SchedulingConfig
 from engine.messages import AddRequest, StepOutputs
 from engine.outputs import OutputColumns
 from engine.plan import StepPlan, StepResult
@@ -47,7 +47,9 @@ def request(name: str, prompt: int, answer: int, **fields: Any) -> SimRequest:
 
 
 def test_one_request_takes_as_long_as_the_machine_says() -> None:
-    run = run_production(Trace(name="one", requests=(request("a", 20_000, 5, arrival=3.0),)))
+    patient = SchedulingConfig(step_seconds=60.0, interactive_itl_seconds=60.0, long_itl_seconds=60.0)
+    trace = Trace(name="one", requests=(request("a", 20_000, 5, arrival=3.0),))
+    run = run_production(trace, scheduling=patient, enable_prefix_cache=False)
     record = run.records["a"]
     machine = machine_of(config_of())
     assert record.arrival == 3.0 and record.ending == "length" and record.num_cached_tokens == 0
@@ -188,7 +190,8 @@ def test_a_million_token_prompt_costs_milliseconds_of_real_time() -> None:
         start = time.perf_counter()
         run = run_production(Trace(name="1M", requests=(request("a", 1_000_000, 20),)))
         times.append(time.perf_counter() - start)
-        assert 80 < run.records["a"].ttft < 120
+        # The card's arithmetic is 99 s; the rest is reading the weights in every step.
+        assert 99 < run.records["a"].ttft < 135
     assert np.median(times) < 1.5
 
 

@@ -1,0 +1,150 @@
+"""On real weights: an answer from cached memory is the cold answer, to the bit of its log probabilities."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from engine.core import EngineCore
+from engine.messages import AddRequest, FinishReason, SamplingParams, StepOutputs, pack_ids
+from engine.outputs import split
+from engine.runner.executor import ModelExecutor
+
+TOP = 5
+MOST_STEPS = 4000
+
+
+@dataclass(slots=True)
+class Answer:
+    tokens: list[int]
+    logprobs: list[Any]
+    finish: FinishReason | None = None
+    cached_tokens: int = 0
+
+
+class Engine:
+    """The engine core on this thread, its books checked after every step."""
+
+    def __init__(self, lab: Any, **flags: Any) -> None:
+        self.core = EngineCore(ModelExecutor(lab.resolved(**flags), lab.models[True]))
+        self.answers: dict[str, Answer] = {}
+
+    def submit(self, name: str, prompt: list[int], answer: int, anchors: tuple[int, ...] = ()) -> None:
+        sampling = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True, logprobs=TOP, seed=1)
+        message = AddRequest(
+            request_id=name,
+            prompt_token_ids=pack_ids(prompt),
+            sampling=sampling,
+            snapshot_positions=pack_ids(list(anchors)),
+        )
+        self.answers[name] = Answer([], [])
+        self.core.inbox.put(self.core.prepare(message))
+
+    def step(self) -> None:
+        self.core.step()
+        self.core.scheduler.check()
+        while self.core.outbox:
+            frame = self.core.outbox.popleft()
+            assert isinstance(frame, StepOutputs)
+            for name, output in split(frame):
+                assert output.error is None
+                answer = self.answers[name]
+                answer.tokens += output.token_ids
+                answer.logprobs += output.logprobs or ()
+                answer.cached_tokens = output.cached_tokens
+                answer.finish = output.finish_reason or answer.finish
+
+    def run(self) -> None:
+        for _ in range(MOST_STEPS):
+            if not self.core.scheduler.has_work and self.core.inbox.empty():
+                return
+            self.step()
+        raise AssertionError("the engine does not come to rest")
+
+    def ask(self, prompt: list[int], answer: int, anchors: tuple[int, ...] = ()) -> Answer:
+        name = f"r{len(self.answers)}"
+        self.submit(name, prompt, answer, anchors)
+        self.run()
+        return self.answers[name]
+
+    @property
+    def stats(self) -> Any:
+        return self.core.scheduler.stats()
+
+
+def cold(lab: Any, prompt: list[int], answer: int) -> Answer:
+    return Engine(lab, enable_prefix_cache=False).ask(prompt, answer)
+
+
+def assert_same(found: Answer, expected: Answer) -> None:
+    assert found.tokens == expected.tokens
+    assert found.logprobs == expected.logprobs
+    assert found.finish == expected.finish == "length"
+
+
+@pytest.mark.parametrize("length", [130, 255, 256, 257, 301, 383, 511, 514])
+def test_a_follow_up_goes_on_at_the_exact_token(short_lab: Any, length: int) -> None:
+    engine = Engine(short_lab)
+    first = short_lab.prompt(length, seed=length)
+    answer = engine.ask(first, 9)
+    assert_same(answer, cold(short_lab, first, 9))
+    later = [*first, *answer.tokens, *short_lab.prompt(37, seed=1)]
+    again = engine.ask(later, 6)
+    # The last token of an answer is sampled and never computed.
+    assert again.cached_tokens == length + 8
+    assert_same(again, cold(short_lab, later, 6))
+
+
+def test_a_dropped_turn_goes_on_where_it_opened(short_lab: Any) -> None:
+    engine = Engine(short_lab)
+    first = short_lab.prompt(403, seed=5)
+    engine.ask(first, 7, anchors=(390,))
+    other = [*first[:390], *short_lab.prompt(30, seed=6)]
+    again = engine.ask(other, 6)
+    assert again.cached_tokens == 390
+    assert_same(again, cold(short_lab, other, 6))
+
+
+@pytest.mark.parametrize("page", [2, 3])
+def test_a_replay_rebuilds_what_no_snapshot_holds(short_lab: Any, page: int) -> None:
+    engine = Engine(short_lab, host_cache_bytes=0)
+    first = short_lab.prompt(900, seed=8)
+    engine.ask(first, 3)
+    other = [*first[: 256 * page + 20], *short_lab.prompt(200, seed=9)]
+    again = engine.ask(other, 6)
+    assert_same(again, cold(short_lab, other, 6))
+    assert again.cached_tokens == 256 * page
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pressure_changes_no_answer(short_lab: Any, seed: int) -> None:
+    """Few pages and slots, shared prefixes, requests that come while others run: hits, spills, preemptions."""
+    chance = random.Random(seed)
+    layout = Engine(short_lab).core.executor.config.layout(short_lab.models[True].config)
+    slots = 3
+    engine = Engine(
+        short_lab,
+        max_num_seqs=slots,
+        max_num_batched_tokens=chance.choice([64, 160]),
+        kv_cache_bytes=slots * layout.bytes_per_slot + 9 * layout.bytes_per_page,
+        host_cache_bytes=chance.choice([0, 1, 4]) * (4 * layout.bytes_per_snapshot + 6 * layout.bytes_per_page),
+    )
+    prompts: dict[str, tuple[list[int], int]] = {}
+    stems = [short_lab.prompt(chance.randrange(200, 900), seed=100 + i) for i in range(3)]
+    for i in range(14):
+        stem = chance.choice(stems)
+        prompt = [*stem[: chance.randrange(1, len(stem))], *short_lab.prompt(chance.randrange(1, 60), seed=200 + i)]
+        answer = chance.randrange(2, 40)
+        prompts[f"p{i}"] = (prompt, answer)
+        engine.submit(f"p{i}", prompt, answer, anchors=(len(prompt) // 2,) if len(prompt) > 1 else ())
+        for _ in range(chance.randrange(0, 12)):
+            engine.step()
+    engine.run()
+    for name, (prompt, answer) in prompts.items():
+        assert_same(engine.answers[name], cold(short_lab, prompt, answer))
+    stats = engine.stats
+    assert stats.num_free_pages == engine.core.executor.config.num_pages
+    assert stats.num_free_slots == slots
+    if engine.core.executor.config.num_snapshots:
+        assert any(answer.cached_tokens for answer in engine.answers.values())
