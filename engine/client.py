@@ -19,6 +19,8 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     cached_tokens: int = 0
+    miss_reason: str | None = None
+    """Why no more of the prompt was cached; None when all that could be expected was."""
     logprobs: tuple[LogprobRow, ...] | None = None
     error: RequestError | None = None
     queued_seconds: float = 0.0

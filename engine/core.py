@@ -181,5 +181,6 @@ def engine_info(executor: Executor, *, load_seconds: float = 0.0) -> EngineInfo:
         kv_cache_dtype=config.row_format,
         numerics=config.numerics,
         pid=os.getpid(),
+        enable_prefix_cache=config.enable_prefix_cache,
         load_seconds=load_seconds,
     )

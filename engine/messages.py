@@ -97,6 +97,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     kv_cache_dtype: str
     numerics: str
     pid: int
+    enable_prefix_cache: bool = False
     load_seconds: float = 0.0
 
 

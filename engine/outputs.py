@@ -96,6 +96,7 @@ def split(outputs: StepOutputs) -> Iterator[tuple[str, RequestOutput]]:
                 finish_reason=outputs.finish[i],
                 stop_token_id=outputs.stop_ids[i],
                 cached_tokens=outputs.cached_tokens[i],
+                miss_reason=outputs.miss_reasons[i] if outputs.miss_reasons else None,
                 logprobs=outputs.logprobs[i],
                 error=outputs.errors[i],
                 queued_seconds=outputs.queued_seconds[i],

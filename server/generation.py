@@ -27,6 +27,8 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     """Every token the model made, the one that stopped it included."""
     reasoning_tokens: int
     cached_tokens: int
+    miss_reason: str | None = None
+    """Why no more of the prompt was cached; None when all that could be expected was."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,11 +167,13 @@ class _Answer:
         self._eos_token_id = eos_token_id
         self._num_tokens = 0
         self._cached_tokens = 0
+        self._miss_reason: str | None = None
         self._logprobs = _LogprobQueue(tokenizer) if sampling.logprobs is not None else None
 
     def add(self, output: RequestOutput) -> GenerationEvent:
         """The event of one engine output."""
         self._cached_tokens = output.cached_tokens or self._cached_tokens
+        self._miss_reason = output.miss_reason or self._miss_reason
         token_ids, visible = output.token_ids, output.token_ids
         if output.stop_token_id is not None and not self._include_stop:
             visible = visible[:-1]
@@ -263,6 +267,7 @@ class _Answer:
             completion_tokens=self._num_tokens,
             reasoning_tokens=self._parser.num_reasoning_tokens,
             cached_tokens=self._cached_tokens,
+            miss_reason=self._miss_reason,
         )
 
 

@@ -166,7 +166,7 @@ class _EngineCollector(Collector):
             "Geometry of the KV cache.",
             labels=("model_name", "engine", "block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching"),
         )
-        geometry = (str(info.page_tokens), str(info.num_pages), info.kv_cache_dtype, "False")
+        geometry = (str(info.page_tokens), str(info.num_pages), info.kv_cache_dtype, str(info.enable_prefix_cache))
         cache.add_metric((*self._labels, *geometry), 1)
         yield cache
         yield self._gauge("fathom_pages_total", "Pages of the KV cache.", info.num_pages)
@@ -188,6 +188,22 @@ class _EngineCollector(Collector):
         yield self._gauge("fathom_waiting_tokens", "Tokens of the waiting requests.", stats.num_waiting_tokens)
         yield self._gauge("fathom_backlog_seconds", "Prompt work queued or begun, predicted.", stats.backlog_seconds)
         yield self._gauge("fathom_drain_seconds", "How long the backlog takes at today's pace.", stats.drain_seconds)
+        yield self._counter("vllm:prefix_cache_queries", "Prompt tokens that were looked up.", stats.queried_tokens)
+        yield self._counter("vllm:prefix_cache_hits", "Prompt tokens that were cached.", stats.hit_tokens)
+        yield self._gauge("fathom_cached_pages", "Pages of the prefix cache on the device.", stats.num_cached_pages)
+        yield self._gauge(
+            "fathom_host_pages_used", "Pages of the prefix cache in host memory.", stats.num_host_pages_used
+        )
+        yield self._gauge("fathom_snapshots_used", "Slots saved in host memory.", stats.num_snapshots_used)
+        yield self._counter("fathom_hibernations", "Requests set aside with a snapshot.", stats.num_hibernations)
+        yield self._counter("fathom_wakes", "Requests that came back from one.", stats.num_wakes)
+        yield self._counter("fathom_moved_bytes", "Copied between device and host.", stats.moved_bytes)
+        misses = CounterMetricFamily(
+            "fathom_prefix_misses", "Started requests by why no more was cached.", labels=(*_LABELS, "reason")
+        )
+        for reason, count in sorted(stats.miss_counts.items()):
+            misses.add_metric((*self._labels, reason), count)
+        yield misses
         yield self._counter("fathom_bypasses", "Starts past a request that did not fit.", stats.num_bypasses)
         yield self._counter(
             "fathom_recomputed_tokens", "Rows computed again after a preemption.", stats.num_recomputed_tokens

@@ -196,12 +196,15 @@ def check_token_ids(ids: Sequence[int], vocab_size: int, param: str) -> None:
 
 
 def usage_counts(usage: Usage) -> dict[str, Any]:
-    """OpenAI's and DeepSeek's counts."""
+    """OpenAI's and DeepSeek's counts; for whoever wonders, why the prefix cache had no more."""
+    details: dict[str, Any] = {"cached_tokens": usage.cached_tokens}
+    if usage.miss_reason is not None:
+        details["cache_miss_reason"] = usage.miss_reason
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "prompt_tokens_details": details,
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "prompt_cache_hit_tokens": usage.cached_tokens,
         "prompt_cache_miss_tokens": usage.prompt_tokens - usage.cached_tokens,
