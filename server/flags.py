@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 _SIZE_SUFFIXES = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
-_SIZES = {"body_limit", "kv_cache_bytes"}
+_SIZES = {"body_limit", "kv_cache_bytes", "host_cache_bytes"}
 
 C = TypeVar("C")
 
@@ -31,7 +31,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type[Any], *, skip: froze
         if default is not None and not isinstance(default, bool):
             text += f" (default: {default})"
         group.add_argument(
-            flag, dest=field.name, default=default, help=text, **_argument(field.name, hints[field.name])
+            flag, dest=field.name, default=default, help=text, **_argument(field.name, hints[field.name], default)
         )
 
 
@@ -63,13 +63,13 @@ def size(text: str) -> int:
     return int(float(match[1]) * _SIZE_SUFFIXES[match[2].upper()])
 
 
-def _argument(name: str, hint: Any) -> dict[str, Any]:
+def _argument(name: str, hint: Any, default: Any) -> dict[str, Any]:
     if isinstance(hint, types.UnionType):
         (hint,) = [part for part in typing.get_args(hint) if part is not type(None)]
     if typing.get_origin(hint) is typing.Literal:
         return {"choices": typing.get_args(hint)}
     if hint is bool:
-        return {"action": "store_true"}
+        return {"action": argparse.BooleanOptionalAction if default else "store_true"}
     if name in _SIZES:
         return {"type": size, "metavar": "BYTES"}
     return {"type": hint, "metavar": {int: "N", float: "X"}.get(hint, "TEXT")}

@@ -98,3 +98,10 @@ def test_trouble_before_the_start_is_one_sentence(capsys: pytest.CaptureFixture[
     assert "--api-key-file" in capsys.readouterr().err
     assert main(["serve", str(tmp_path), "--api-key-file", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_prefix_cache_can_be_switched_off_and_sized() -> None:
+    arguments = serve_parser().parse_args(["--no-enable-prefix-cache", "--host-cache-bytes", "2GiB"])
+    config = from_args(EngineConfig, arguments, model_dir="m")
+    assert config.enable_prefix_cache is False and config.host_cache_bytes == 2 << 30
+    assert from_args(EngineConfig, serve_parser().parse_args([]), model_dir="m").enable_prefix_cache is True
