@@ -61,7 +61,17 @@ def test_a_streamed_answer_equals_the_whole_one(client: openai.OpenAI, server: A
     assert len({(chunk.id, chunk.created, chunk.model) for chunk in stream}) == 1
     assert [chunk.usage is None for chunk in stream] == [True] * len(deltas) + [False]
     assert stream[-1].choices == []
-    assert stream[-1].usage == whole.usage
+    again = stream[-1].usage
+    assert again is not None
+    assert (again.prompt_tokens, again.completion_tokens, again.total_tokens) == (
+        whole.usage.prompt_tokens,
+        whole.usage.completion_tokens,
+        whole.usage.total_tokens,
+    )
+    assert again.completion_tokens_details == whole.usage.completion_tokens_details
+    # The same prompt once more: what opens the turn was kept.
+    assert again.prompt_tokens_details is not None
+    assert again.prompt_tokens - 2 <= (again.prompt_tokens_details.cached_tokens or 0) < again.prompt_tokens
     if thinking:
         assert reasoning_of(message)
         details = whole.usage.completion_tokens_details
