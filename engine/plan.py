@@ -6,7 +6,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from engine.messages import FinishReason, SamplingParams
+from engine.messages import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +140,3 @@ class StepResult:
     lost: bool = False
     """The step failed as a whole: nothing of what it was to write is there."""
     seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FinishedRequest:
-    request_id: str
-    reason: FinishReason
