@@ -58,7 +58,9 @@ class KVManager:
         self._num_promised = 0
         self._moves = Moves()
         self._ordered: list[tuple[Snapshot, Grant | None, int | None]] = []
-        """Snapshots of the plan in flight or in the making: of a live grant, or with the slot that is kept for it."""
+        """Snapshots of the plan in the making: of a live grant, or with the slot that is kept for it."""
+        self._in_flight: list[tuple[Snapshot, Grant | None, int | None]] = []
+        """Those of the sealed plan: what is released while it runs orders for the next one."""
         self._departing: dict[int, str] = {}
         """Slots that are kept for a last snapshot, and who had them."""
 
@@ -144,6 +146,7 @@ class KVManager:
         """The plan is complete."""
         self.index.seal()
         moves, self._moves = self._moves, Moves()
+        self._in_flight, self._ordered = self._ordered, []
         return moves
 
     def settle(self, failed: set[str], lost: Moves | None) -> None:
@@ -151,7 +154,7 @@ class KVManager:
 
         Before `commit`: the page that a snapshot stands in is published with it.
         """
-        ordered, self._ordered = self._ordered, []
+        ordered, self._in_flight = self._in_flight, []
         for snapshot, grant, slot in ordered:
             gone = grant is not None and self._grants.get(grant.request_id) is not grant
             if lost is not None or gone or (grant is not None and grant.request_id in failed):
