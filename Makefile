@@ -14,7 +14,7 @@ ARGS ?=
 # Two workers of one thread each: model tests are small, and more threads than cores would only wait for each other.
 TEST_WORKERS ?= 2
 
-.PHONY: help install run chat test test-long lint format type bench clean
+.PHONY: help install run chat test test-long soak lint format type bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)$$/  make \1|\2/' | column -t -s'|'
@@ -42,6 +42,9 @@ test: install ## run the tests (minutes); TESTS=path picks some
 
 test-long: install ## run the slow tests as well (a million tokens among them)
 	$(BIN)/python -m pytest -m long --durations=10 $(or $(TESTS),tests)
+
+soak: install ## ten million operations on the symbolic device (an hour or two); OPS=n for fewer
+	OMP_NUM_THREADS=1 $(BIN)/python tests/engine/symbolic/soak.py --ops $(or $(OPS),10000000) --workers $(TEST_WORKERS)
 
 lint: install ## check style and formatting
 	$(BIN)/ruff check .

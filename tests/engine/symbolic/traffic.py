@@ -6,6 +6,7 @@ an earlier answer, which is known without running anything (`tags.answer`).
 
 import random
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from symbolic import tags
@@ -46,6 +47,10 @@ class AbortInFlight:
     request_id: str
 
 
+Kind = Literal["plain", "crowded", "storm", "full", "faulty"]
+"""crowded: answers outgrow what was reserved for them; storm: many are aborted, in small steps; full: sessions that
+take all pages; faulty: the device fails now and then."""
+
 Op = Step | AbortInFlight | Jump | Budget | AddRequest | AbortRequest
 
 
@@ -59,10 +64,22 @@ def expected(message: AddRequest) -> tuple[list[int], FinishReason]:
     )
 
 
-def random_config(rng: random.Random) -> ResolvedConfig:
-    """Small pools, most of them too small; in one of three engines answers outgrow what was reserved for them."""
-    seconds = rng.choice((0.002, 0.02, 1e6))
-    crowded = rng.random() < 0.35
+def random_config(rng: random.Random, kind: Kind) -> ResolvedConfig:
+    """Small pools, most of them too small."""
+    num_seqs, num_pages = rng.choice((1, 2, 3, 5, 8)), rng.choice((6, 7, 10, 16, 30))
+    num_rows, quantile = rng.choice((48, 300, 1000, 3000)), rng.choice((0.3, 0.9, 1.0))
+    num_snapshots, seconds = rng.choice((0, 1, 4, 12, 40)), rng.choice((0.002, 0.02, 1e6))
+    match kind:
+        case "crowded":
+            num_seqs, num_pages, quantile = 8, rng.choice((6, 7)), 0.02
+        case "storm":
+            num_seqs, num_rows, num_snapshots = rng.choice((3, 5)), 48, rng.choice((4, 12))
+        case "full":
+            num_seqs, num_pages, num_snapshots = rng.choice((1, 2)), 6, rng.choice((4, 12))
+        case "faulty":
+            num_snapshots = rng.choice((4, 12, 40))
+        case "plain":
+            pass
     return ResolvedConfig(
         model_dir="",
         device="cpu",
@@ -72,18 +89,18 @@ def random_config(rng: random.Random) -> ResolvedConfig:
         index_format="float32",
         deterministic=True,
         max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=8 if crowded else rng.choice((1, 2, 3, 5, 8)),
-        max_num_batched_tokens=rng.choice((48, 300, 1000, 3000)),
-        num_pages=rng.choice((6, 7)) if crowded else rng.choice((6, 7, 10, 16, 30)),
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=num_rows,
+        num_pages=num_pages,
         num_threads=1,
         num_host_pages=rng.choice((0, 1, 4, 12, 40)),
-        num_snapshots=rng.choice((0, 1, 4, 12, 40)),
+        num_snapshots=num_snapshots,
         scheduling=SchedulingConfig(
             step_seconds=seconds,
             interactive_itl_seconds=seconds,
             long_itl_seconds=seconds,
             long_prompt_tokens=rng.choice((600, 262_144)),
-            output_quantile=0.02 if crowded else rng.choice((0.3, 0.9, 1.0)),
+            output_quantile=quantile,
         ),
     )
 
@@ -91,16 +108,16 @@ def random_config(rng: random.Random) -> ResolvedConfig:
 class Traffic:
     """Makes operations; remembers what it has asked so that it can ask on."""
 
-    def __init__(self, rng: random.Random, config: ResolvedConfig) -> None:
+    def __init__(self, rng: random.Random, config: ResolvedConfig, kind: Kind) -> None:
         self._rng = rng
         self._config = config
         draw = np.random.default_rng(rng.getrandbits(64))
         self._families = [self._ids(draw, MAX_MODEL_LEN) for _ in range(rng.choice((1, 2, 4)))]
         self._draw = draw
         self._sent: list[AddRequest] = []
-        self._crowded = config.scheduling.output_quantile < 0.1
-        self._arrivals = rng.choice((0.03, 0.06, 0.12))
-        self._aborts = self._arrivals * rng.choice((0.2, 0.2, 0.9))
+        self._kind = kind
+        self._arrivals = 0.12 if kind == "crowded" else rng.choice((0.03, 0.06, 0.12))
+        self._aborts = self._arrivals * (0.9 if kind == "storm" else 0.2)
 
     def ops(self, count: int) -> list[Op]:
         return [self._op() for _ in range(count)]
@@ -120,7 +137,7 @@ class Traffic:
         return Step()
 
     def _request(self) -> AddRequest:
-        rng = self._rng
+        rng, crowded = self._rng, self._kind == "crowded"
         salt = rng.choice(("", "", "", "a", "b"))
         kind = rng.random()
         if self._sent and kind < 0.45:
@@ -136,8 +153,10 @@ class Traffic:
                 salt = rng.choice(("", "a", "b"))
         else:
             cut = rng.choice((*EDGES, rng.randrange(1, 1300), rng.randrange(1, 1300), rng.randrange(1100, 1450)))
-            if self._crowded:
+            if self._kind == "crowded":
                 cut = min(cut, rng.randrange(100, 300))
+            elif self._kind == "full":
+                cut = max(cut, rng.randrange(800, 1350))
             prompt = rng.choice(self._families)[:cut]
             if rng.random() < 0.6:
                 prompt = np.concatenate([prompt, self._ids(self._draw, rng.choice((1, 2, 64, 200, 300)))])
@@ -148,8 +167,8 @@ class Traffic:
             request_id=f"r{len(self._sent)}",
             prompt_token_ids=pack_ids(prompt),
             sampling=SamplingParams(
-                max_tokens=rng.choice((1, 2, 300) if self._crowded else (1, 2, 7, 30, 30, 120, 300)),
-                ignore_eos=rng.random() < (0.7 if self._crowded else 0.2),
+                max_tokens=rng.choice((1, 2, 300) if crowded else (1, 2, 7, 30, 30, 120, 300)),
+                ignore_eos=rng.random() < (0.7 if crowded else 0.2),
                 min_tokens=rng.choice((0, 0, 0, 5)),
                 seed=rng.choice((1, 2, 3)),
             ),
