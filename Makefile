@@ -43,7 +43,7 @@ test: install ## run the tests (minutes); TESTS=path picks some
 test-long: install ## run the slow tests as well (a million tokens among them)
 	$(BIN)/python -m pytest -m long --durations=10 $(or $(TESTS),tests)
 
-soak: install ## ten million operations on the symbolic device (an hour or two); OPS=n for fewer
+soak: install ## ten million operations on the symbolic device (about an hour); OPS=n for fewer
 	OMP_NUM_THREADS=1 $(BIN)/python tests/engine/symbolic/soak.py --ops $(or $(OPS),10000000) --workers $(TEST_WORKERS)
 
 lint: install ## check style and formatting

@@ -101,16 +101,15 @@ class Run:
             case Jump():
                 self.now += op.seconds
             case Budget():
-                rows = max(op.num_rows, self.episode.config.max_num_seqs)
-                config = replace(self.scheduler.config, max_num_batched_tokens=rows)
-                self.scheduler.config = self.device.config = config
+                self._set_rows(max(op.num_rows, self.episode.config.max_num_seqs))
             case Step():
                 self._step()
         if self.num_ops % FULL_CHECK == 0:
             self._check_all()
 
     def drain(self) -> None:
-        """Everybody gets an answer and everything comes back."""
+        """Everybody gets an answer and everything comes back, in steps of at least the configured size."""
+        self._set_rows(max(256, self.episode.config.max_num_batched_tokens))
         self._step()
         for _ in range(50_000):
             if not self.scheduler.has_work:
@@ -132,6 +131,9 @@ class Run:
             kv.snapshots.discard(evicted.lost)
         assert kv.pages.num_free == config.num_pages, "a cached page can never be given up"
         kv.check()
+
+    def _set_rows(self, count: int) -> None:
+        self.scheduler.config = self.device.config = replace(self.scheduler.config, max_num_batched_tokens=count)
 
     def _step(self) -> None:
         num_waiting = len(self.scheduler.requests)
