@@ -230,7 +230,7 @@ class CostModel:
 
     def replay_seconds(self, position: int) -> float:
         """Seconds to rebuild the windows and accumulators at `position` from cached entries."""
-        rows = replay_rows(self._model, position)
+        rows = replay_row_equivalents(self._model, position)
         return self._seconds(1, rows, 0, rows * float(position), False) if rows else 0.0
 
     def decode_seconds(self, context: int) -> float:
@@ -327,7 +327,7 @@ class CostModel:
         return seconds + self._mixed if mixed else seconds
 
 
-def replay_rows(model: ModelConfig, position: int) -> int:
+def replay_row_equivalents(model: ModelConfig, position: int) -> int:
     """Rows of a replay at `position`, averaged over the layers: layer l computes the last (L - l)(W - 1) before it."""
     layers, reach = model.num_hidden_layers, model.sliding_window - 1
     return -(-sum(min(position, (layers - layer) * reach) for layer in range(layers)) // layers)

@@ -82,6 +82,8 @@ def test_streamed_whole_and_errors(project: Path, server: Any) -> None:
     assert seen["reasoning"] == message["reasoning_content"] != ""
     assert seen["content"] == (message["content"] or "")
     assert seen["finish"] == seen["whole"]["choices"][0]["finish_reason"] == "length"
+    cached = seen["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert seen["usage"]["prompt_tokens"] - 2 <= cached < seen["usage"]["prompt_tokens"]
     counts = ("prompt_tokens", "completion_tokens", "total_tokens", "completion_tokens_details")
     assert [seen["usage"][c] for c in counts] == [seen["whole"]["usage"][c] for c in counts]
     assert seen["usage"]["completion_tokens"] == 6

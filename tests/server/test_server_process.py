@@ -107,7 +107,12 @@ def test_openai_sdk(server: Any) -> None:
         last = chunk
     assert last is not None
     assert last.usage is not None
+    assert last.usage.prompt_tokens == whole.usage.prompt_tokens
+    assert last.usage.completion_tokens == whole.usage.completion_tokens
     assert last.usage.total_tokens == whole.usage.total_tokens
+    # The prompt has been answered before: all but what opens the turn is cached now.
+    assert last.usage.prompt_tokens_details is not None
+    assert last.usage.prompt_tokens_details.cached_tokens == last.usage.prompt_tokens - 2
     assert last.usage.completion_tokens_details == whole.usage.completion_tokens_details
     assert content == whole.choices[0].message.content
     assert reasoning == whole.choices[0].message.reasoning_content  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
-"""On real weights: an answer from cached memory is the cold answer, to the bit of its log probabilities."""
+"""On small random models, deterministic: an answer from cached memory is the cold one, log probabilities to the bit."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -26,8 +26,10 @@ class Answer:
 class Engine:
     """The engine core on this thread, its books checked after every step."""
 
-    def __init__(self, lab: Any, **flags: Any) -> None:
-        self.core = EngineCore(ModelExecutor(lab.resolved(**flags), lab.models[True]))
+    def __init__(self, lab: Any, *, output_quantile: float = 1.0, **flags: Any) -> None:
+        config = lab.resolved(**flags)
+        config = replace(config, scheduling=replace(config.scheduling, output_quantile=output_quantile))
+        self.core = EngineCore(ModelExecutor(config, lab.models[True]))
         self.answers: dict[str, Answer] = {}
 
     def submit(self, name: str, prompt: list[int], answer: int, anchors: tuple[int, ...] = ()) -> None:
@@ -119,7 +121,7 @@ def test_a_replay_rebuilds_what_no_snapshot_holds(short_lab: Any, page: int) -> 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_pressure_changes_no_answer(short_lab: Any, seed: int) -> None:
-    """Few pages and slots, shared prefixes, requests that come while others run: hits, spills, preemptions."""
+    """Few pages and slots, shared prefixes, requests that come while others run. Everything is reserved in whole."""
     chance = random.Random(seed)
     layout = Engine(short_lab).core.executor.config.layout(short_lab.models[True].config)
     slots = 3
@@ -148,3 +150,48 @@ def test_pressure_changes_no_answer(short_lab: Any, seed: int) -> None:
     assert stats.num_free_slots == slots
     if engine.core.executor.config.num_snapshots:
         assert any(answer.cached_tokens for answer in engine.answers.values())
+
+
+def test_nanos_layers_and_window_resume_as_well(lab: Any) -> None:
+    """Six layers and a window of 128: a snapshot in the first follow-up, a replay of 762 rows in the second."""
+    first = lab.prompt(1100, seed=3)
+    expected = cold(lab, first, 5)
+    for flags in ({}, {"host_cache_bytes": 0}):
+        engine = Engine(lab, **flags)
+        answer = engine.ask(first, 5)
+        assert_same(answer, expected)
+        later = [*first, *answer.tokens, *lab.prompt(30, seed=4)]
+        again = engine.ask(later, 5)
+        assert again.cached_tokens == (1024 if flags else 1104)
+        assert_same(again, cold(lab, later, 5))
+
+
+@pytest.mark.parametrize(("seed", "hibernates"), [(0, True), (1, True), (2, False)])
+def test_a_preempted_answer_is_the_undisturbed_one(short_lab: Any, seed: int, hibernates: bool) -> None:
+    """Memory is promised for less than the answers turn out to need. With host memory the preempted hibernate, and go
+    on where they were; without it their pages may be gone and are computed again.
+    """
+    layout = Engine(short_lab).core.executor.config.layout(short_lab.models[True].config)
+    engine = Engine(
+        short_lab,
+        output_quantile=0.1,
+        max_num_seqs=4,
+        kv_cache_bytes=4 * layout.bytes_per_slot + 6 * layout.bytes_per_page,
+        host_cache_bytes=16 * (layout.bytes_per_snapshot + layout.bytes_per_page) if hibernates else 0,
+    )
+    # So many answers of one token that the quantile believes them; the next ones outgrow their only page.
+    for i in range(20):
+        engine.submit(f"short{i}", short_lab.prompt(8, seed=500 + i), 1)
+    engine.run()
+    prompts = {f"long{i}": short_lab.prompt(226 + 7 * i, seed=1000 * seed + i) for i in range(4)}
+    for name, prompt in prompts.items():
+        engine.submit(name, prompt, 70)
+    engine.run()
+    for name, prompt in prompts.items():
+        assert_same(engine.answers[name], cold(short_lab, prompt, 70))
+    stats = engine.stats
+    assert stats.num_preemptions > 0
+    if hibernates:
+        assert stats.num_hibernations > 0 and stats.num_wakes > 0
+    assert stats.num_free_pages == engine.core.executor.config.num_pages
+    assert stats.num_free_slots == 4

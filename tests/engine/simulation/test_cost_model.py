@@ -17,7 +17,7 @@ from engine.cost_model import (
     chunk_work,
     cost_prior,
     features_of,
-    replay_rows,
+    replay_row_equivalents,
 )
 from engine.plan import ScheduledTokens, StepPlan
 from engine.simulation.hardware import Machine, StepWork, gpu, simulated_config
@@ -237,8 +237,8 @@ def test_features_of_a_plan() -> None:
 
 
 def test_the_replay_triangle_and_the_active_parameters_are_those_of_the_fact_sheets() -> None:
-    assert replay_rows(FLASH, 1 << 20) == 2794 and replay_rows(preset("pro"), 1 << 20) == 3937
-    assert replay_rows(FLASH, 100) == 100 and replay_rows(FLASH, 0) == 0
+    assert replay_row_equivalents(FLASH, 1 << 20) == 2794 and replay_row_equivalents(preset("pro"), 1 << 20) == 3937
+    assert replay_row_equivalents(FLASH, 100) == 100 and replay_row_equivalents(FLASH, 0) == 0
     # Architecture 5.1, without head and hyper-connections.
     assert active_parameters(FLASH) == pytest.approx((13.268 - 0.5295 - 0.0339) * 1e9, rel=1e-3)
     assert active_parameters(preset("pro")) == pytest.approx((48.849 - 0.9267 - 0.0841) * 1e9, rel=1e-3)

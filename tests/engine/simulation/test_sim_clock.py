@@ -190,8 +190,9 @@ def test_a_million_token_prompt_costs_milliseconds_of_real_time() -> None:
         start = time.perf_counter()
         run = run_production(Trace(name="1M", requests=(request("a", 1_000_000, 20),)))
         times.append(time.perf_counter() - start)
-        # The card's arithmetic is 99 s; the rest is reading the weights in every step.
-        assert 99 < run.records["a"].ttft < 135
+        # Alone it gets long steps, so that reading the weights in each of them costs little.
+        alone = machine_of(config_of()).prefill_seconds(0, 1_000_000)
+        assert alone < run.records["a"].ttft < 1.1 * alone < 120
     assert np.median(times) < 1.5
 
 
