@@ -216,7 +216,9 @@ def test_a_megabyte_renders_in_linear_time(unit: str) -> None:
         return time.process_time() - start
 
     seconds(1000)
-    assert seconds(1_000_000) < 8 * min(seconds(250_000), seconds(250_000)) + 0.05
+    # The best of several on both sides: a busy machine slows some of them.
+    small, large = (min(seconds(n) for _ in range(4)) for n in (250_000, 1_000_000))
+    assert large < 8 * small + 0.05
 
 
 @pytest.mark.parametrize(
