@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +13,8 @@ from engine.kv.prefix_index import PrefixIndex, Published
 from engine.kv.prefix_node import Node
 
 P = 4
+MOST = 4
+"""Plain loops that a match, or holding a path and letting go, may cost: measured 1.2 to 1.6."""
 HALF_LIFE = 30.0
 HASHER = PageHasher(bytes(32), "test", P)
 
@@ -678,7 +680,9 @@ def test_random_traffic_agrees_with_dictionaries(seed: int) -> None:
         assert world.counts["spills"] > 5, world.counts
 
 
-def test_a_cached_million_tokens_are_matched_in_5_ms() -> None:
+def test_a_cached_million_tokens_are_matched_in_little_time(
+    against_plain_python: Callable[[Callable[[], object]], float],
+) -> None:
     num_pages, page_tokens = 4096, 256
     tree = PrefixIndex(page_tokens=page_tokens, page_bytes=1, num_host_pages=0, seconds_saved=lambda s, e: 1.0)
     tokens = np.random.default_rng(0).integers(0, 129280, num_pages * page_tokens, dtype=np.int32)
@@ -688,20 +692,17 @@ def test_a_cached_million_tokens_are_matched_in_5_ms() -> None:
     for page_id in range(num_pages):
         tail = [tokens[page_id * page_tokens :][:9].tobytes()] if page_id % 100 == 0 else []
         tip = tree.publish(tip, keys, page_id, 0.0, tail).node
-    best = {"match": float("inf"), "acquire": float("inf"), "release": float("inf")}
-    for i in range(25):
-        again = PageKeys(PageHasher(bytes(32), "", page_tokens), "", tokens)
-        times = [time.thread_time()]
-        found = tree.match(again, tokens)
-        times.append(time.thread_time())
-        tree.acquire(tip)
-        times.append(time.thread_time())
-        tree.release(tip, float(i))
-        times.append(time.thread_time())
-        for j, name in enumerate(best):
-            best[name] = min(best[name], times[j + 1] - times[j])
+    again = PageKeys(PageHasher(bytes(32), "", page_tokens), "", tokens)
+    found = tree.match(again, tokens)
     assert len(found.nodes) == found.num_on_device == num_pages and len(found.marks) == 41
-    assert max(best.values()) < 0.005, best
+
+    def hold() -> None:
+        tree.acquire(tip)
+        tree.release(tip, 0.0)
+
+    for run in (lambda: tree.match(again, tokens), hold):
+        ratio = against_plain_python(run)
+        assert ratio < MOST, f"{ratio:.1f}"
 
 
 def test_evictions_do_not_slow_down_with_the_number_of_pages() -> None:

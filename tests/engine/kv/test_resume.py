@@ -1,7 +1,7 @@
 """Resume plans: the cheapest of everything that is possible, found by trying all of it."""
 
 import random
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,8 @@ from engine.kv.resume import ResumePlan, plan_resume
 from engine.kv.snapshot_store import SnapshotStore
 
 P = 4
+MOST = 12
+"""Plain loops that a probe may cost: measured 4.3 to 4.9, the headroom that 2 ms have to the limit of 5 ms."""
 PAGE_BYTES = 100
 SNAPSHOT_BYTES = 350
 HASHER = PageHasher(bytes(32), "test", P)
@@ -279,7 +281,9 @@ def test_no_other_way_in_is_cheaper(seed: int) -> None:
         assert plan.replay == (plan.resume_at > 0 and plan.snapshot is None)
 
 
-def test_a_cached_million_tokens_are_planned_in_5_ms() -> None:
+def test_a_cached_million_tokens_are_planned_in_little_time(
+    against_plain_python: Callable[[Callable[[], object]], float],
+) -> None:
     num_pages, page_tokens = 4096, 256
     tree = PrefixIndex(page_tokens=page_tokens, page_bytes=1, num_host_pages=0, seconds_saved=lambda s, e: 1.0)
     store = SnapshotStore(num_places=1000, bytes_per_snapshot=1)
@@ -297,12 +301,12 @@ def test_a_cached_million_tokens_are_planned_in_5_ms() -> None:
             assert snapshot is not None
             store.commit(snapshot)
         tip = tree.publish(tip, keys, page_id, 0.0, [tail] if page_id % 10 == 0 else []).node
-    best = float("inf")
-    for _ in range(25):
-        again = PageKeys(PageHasher(bytes(32), "", page_tokens), "", tokens)
-        start = time.thread_time()
+
+    def probe() -> ResumePlan:
         found = tree.match(again, tokens)
-        plan = plan_resume(found, len(tokens), store, Costs(replay=1e9), page_tokens=page_tokens, bytes_per_page=1)
-        best = min(best, time.thread_time() - start)
-    assert plan.resume_at == 4090 * page_tokens + 9
-    assert best < 0.005, f"{best * 1e3:.2f} ms"
+        return plan_resume(found, len(tokens), store, Costs(replay=1e9), page_tokens=page_tokens, bytes_per_page=1)
+
+    again = PageKeys(PageHasher(bytes(32), "", page_tokens), "", tokens)
+    assert probe().resume_at == 4090 * page_tokens + 9
+    ratio = against_plain_python(probe)
+    assert ratio < MOST, f"{ratio:.1f}"
