@@ -1,8 +1,8 @@
 """CPU time of finding a cached prompt of a million tokens: `python -m tests.bench.bench_probe`.
 
-Writes tests/bench/results/probe.json: medians and the best of 50, in milliseconds of the thread's CPU time. The prompt is
-cached whole, with a snapshot in every tenth of its 4,096 pages. The limits are 50 ms for the keys, which are made off the
-step loop, and 5 ms for match and plan together, which are not.
+Writes tests/bench/results/probe.json: medians and the best of 50, in milliseconds of the thread's CPU time. The
+prompt is cached whole, with a snapshot in every tenth of its 4,096 pages. The limits are 50 ms for the keys, which are
+made off the step loop, and 5 ms for match and plan together, which are not.
 """
 
 import json
