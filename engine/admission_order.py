@@ -14,7 +14,7 @@ from engine.kv.grant import Grant, Shortage
 from engine.kv.manager import KVManager
 from engine.kv.resume import ResumePlan
 from engine.output_lengths import OutputLengths
-from engine.policy import ServiceClass, credit_is_spent, long_share_binds, tokens_to_reserve
+from engine.policy import UNKNOWN_RESERVE, ServiceClass, credit_is_spent, long_share_binds, tokens_to_reserve
 from engine.request import Request
 from engine.waiting import WaitingQueue
 
@@ -73,13 +73,15 @@ class AdmissionOrder:
         """Tokens whose pages the request must find now."""
         share = self._config.scheduling.output_quantile
         expected: int | None = None
-        if share < 1.0 and not request.num_preemptions:
-            expected = self.outputs.quantile(request.service, request.tenant, share)
+        if share < 1.0:
+            seen = self.outputs.quantile(request.service, request.tenant, share)
+            expected = UNKNOWN_RESERVE if seen is None else seen
         return tokens_to_reserve(
             num_tokens=request.num_tokens,
             num_prompt_tokens=request.num_prompt_tokens,
             max_tokens=request.sampling.max_tokens,
             expected_output=expected,
+            was_preempted=request.num_preemptions > 0,
             max_model_len=self._config.max_model_len,
         )
 

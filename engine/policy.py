@@ -27,6 +27,11 @@ MOST_BEGUN = 8
 """Prompts of one priority and the higher ones that are begun and not finished: each holds a slot and pages."""
 MOST_CHUNKS = 32
 """In one step."""
+UNKNOWN_RESERVE = 4096
+"""Tokens of an answer whose pages a request must find while nothing is known of such answers."""
+LEAST_PROGRESS = 1024
+"""Tokens of its answer that a request must find room for when it comes back from a preemption, and at least as many as
+it has had: each time it comes back it gets twice as far, so it is preempted a few times at most."""
 EXPECTED_QUANTILE = 0.5
 """Of the answers of its class and tenant: what a request is expected to answer when its work is weighed."""
 UNKNOWN_ANSWER = 256
@@ -103,17 +108,24 @@ def slack(
 
 
 def tokens_to_reserve(
-    *, num_tokens: int, num_prompt_tokens: int, max_tokens: int, expected_output: int | None, max_model_len: int
+    *,
+    num_tokens: int,
+    num_prompt_tokens: int,
+    max_tokens: int,
+    expected_output: int | None,
+    was_preempted: bool,
+    max_model_len: int,
 ) -> int:
     """Tokens whose pages a request must find before it starts.
 
-    `expected_output` is a quantile of what such requests answer; None: nothing is known, or this one has been
-    preempted before and shall not be again, so all that it may ever have. At least one token past those known.
+    `expected_output` is a quantile of what such requests answer; None: all that it may ever have. At least one token
+    past those known, and more where it `was_preempted` before (`LEAST_PROGRESS`).
     """
     most = min(num_prompt_tokens + max_tokens, max_model_len)
     if expected_output is None:
         return most
-    return min(most, max(num_tokens + 1, num_prompt_tokens + expected_output))
+    ahead = max(LEAST_PROGRESS, num_tokens - num_prompt_tokens) if was_preempted else 1
+    return min(most, max(num_tokens + ahead, num_prompt_tokens + expected_output))
 
 
 def long_share_binds(*, long_pages: int, pages_wanted: int, num_pages: int, config: SchedulingConfig) -> bool:

@@ -4,8 +4,8 @@
     schedule(now)         -> StepPlan     every due decode row, then prompt chunks, within rows and predicted seconds
     update(plan, result)  -> StepOutputs  commit, stop, free, learn what the step took
 
-The opinions are in `policy`, the line of prompts in `step_builder`, who may start in `admission_order`. When running
-answers need more pages than there are, `victims` names those that go back to the queue.
+The opinions are in `policy`, the line of prompts in `step_builder`, who may start in `admission_order`, what happens
+when running answers need more pages than there are in `preemption`.
 
 What a finished request held is freed once the last step that may touch it has been committed (its fence). The runner is
 told to forget the request at the start of the next plan, before anything in that plan can use the pages or slot again.
@@ -15,18 +15,19 @@ import logging
 import secrets
 from collections import Counter
 
-from engine import policy, victims
+from engine import policy
 from engine.admission_order import AdmissionOrder
 from engine.budget import StepBudget
 from engine.config import ResolvedConfig
 from engine.cost_model import CostModel, StepFeatures, cost_prior
 from engine.fairness import FavouredShare, TenantClock
-from engine.kv.grant import Moves, Shortage
+from engine.kv.grant import Moves
 from engine.kv.hashing import PageHasher, PageKeys
 from engine.kv.manager import KVManager
 from engine.messages import EngineStats, FinishReason, RequestError, StepOutputs
 from engine.outputs import OutputColumns
 from engine.plan import StepPlan, StepResult, TokenLogprobs
+from engine.preemption import Preemption
 from engine.request import Request, RequestStatus
 from engine.resume_costs import CopyAndComputeCosts
 from engine.stats import DrainMeter, Totals
@@ -70,6 +71,9 @@ class Scheduler:
         self._forget: list[str] = []
         self._fenced: list[Request] = []
         self._in_flight: StepPlan | None = None
+        self._preemption = Preemption(
+            self.kv, self._resume_costs, self._running, self.totals, set_aside=self._set_aside
+        )
         self._moves = Moves()
         """Of the plan in flight."""
         self._predicted = (StepFeatures(), 0.0)
@@ -123,7 +127,7 @@ class Scheduler:
         """Plan the next step. It is empty (its id that of the last step) when there is nothing to run or forget."""
         assert self._in_flight is None, "the last plan has not been committed"
         self._refuse_late(now)
-        grown = self._make_room(now)
+        grown = self._preemption.make_room(now)
         decodes, prompts = self._due()
         budget = StepBudget(self.costs, self.config.max_num_batched_tokens)
         step = StepBuilder(
@@ -208,6 +212,8 @@ class Scheduler:
             num_cached_pages=self.kv.index.num_device_pages,
             num_host_pages_used=self.kv.index.host.num_pages - self.kv.index.host.num_free,
             num_snapshots_used=len(self.kv.snapshots),
+            num_hibernated=len(self.kv.hibernations),
+            num_recompute_preemptions=self.totals.num_recompute_preemptions + self.kv.hibernations.num_given_up,
             backlog_seconds=self._drain.backlog_seconds,
             drain_seconds=self._drain.drain_seconds,
         )
@@ -222,6 +228,8 @@ class Scheduler:
         assert queued | set(self._running) == set(self.requests), "a request is in no queue"
         assert len(waiting) == len(self._admission.waiting) == len(queued), "the waiting are miscounted"
         assert all(r.grant is None and r.status is RequestStatus.QUEUED for r in waiting)
+        hibernated = {h.request_id for h in self.kv.hibernations}
+        assert hibernated <= queued, "pages are pinned for nobody"
         self._tenants.check(dict(Counter(r.tenant for r in self.requests.values())))
         for request in self._running.values():
             grant = request.grant
@@ -255,55 +263,11 @@ class Scheduler:
             )
             self._finish(late, "error", error=RequestError("deadline_exceeded", waited))
 
-    def _make_room(self, now: float) -> dict[str, tuple[int, ...]]:
-        """Give every answer the page that its next row needs, from victims where there is a shortage; returns the
-        pages by request.
-        """
-        grown: dict[str, tuple[int, ...]] = {}
-        page_tokens = self.kv.layout.page_tokens
-        for request in list(self._running.values()):
-            if request.num_uncomputed_tokens != 1:
-                continue
-            while request.grant is not None and request.num_tokens > page_tokens * len(request.grant.page_ids):
-                pages = self.kv.extend(request.grant, request.num_tokens)
-                if isinstance(pages, Shortage):
-                    self._preempt(pages.pages_wanted - pages.pages_available, now)
-                else:
-                    grown[request.request_id] = pages
-        return grown
-
-    def _preempt(self, pages_needed: int, now: float) -> None:
-        """Send running requests back to the queue until that many pages are available; no plan is in flight."""
-        chosen = victims.choose([self._as_victim(r) for r in self._running.values()], pages_needed)
-        assert chosen, "pages are missing and nobody holds any"
-        for request_id in chosen:
-            request = self._running.pop(request_id)
-            assert request.grant is not None and request.last_step_id <= self._committed_step_id
-            departing = self.kv.num_departing
-            self.kv.release(request.grant, request.token_ids, request.num_computed_tokens, now, keep="hibernate")
-            self.totals.num_hibernations += self.kv.num_departing - departing
-            self._forget.append(request_id)
-            request.preempt()
-            self._queue(request)
-            self.totals.num_preemptions += 1
-
-    def _as_victim(self, request: Request) -> victims.RunningRequest:
-        assert request.grant is not None
-        return victims.RunningRequest(
-            request_id=request.request_id,
-            priority=request.priority,
-            service=request.service,
-            pages_freed=request.grant.num_reserved_pages,
-            restore_seconds=self._restore_seconds(request.num_computed_tokens),
-            order=request.order,
-        )
-
-    def _restore_seconds(self, position: int) -> float:
-        """To bring a request back to a position: from host memory where there is any, else from its first token."""
-        if not (self.kv.snapshots.num_places and self.kv.index.host.num_pages):
-            return self.costs.prefill_seconds(0, position)
-        layout = self.kv.layout
-        return self._resume_costs.load_seconds(layout.bytes_for(position) + layout.bytes_per_snapshot)
+    def _set_aside(self, request: Request) -> None:
+        """A preempted request waits again."""
+        assert request.last_step_id <= self._committed_step_id
+        self._forget.append(request.request_id)
+        self._queue(request)
 
     def _count_moves(self, moves: Moves) -> None:
         num_pages, num_slots = moves.num_host_copies
@@ -404,6 +368,7 @@ class Scheduler:
         """The one way out for every request that was added."""
         if request.status is RequestStatus.QUEUED:
             self._admission.remove(request)
+            self.kv.forget(request.request_id)
         else:
             del self._running[request.request_id]
             self._forget.append(request.request_id)

@@ -195,8 +195,12 @@ class _EngineCollector(Collector):
             "fathom_host_pages_used", "Pages of the prefix cache in host memory.", stats.num_host_pages_used
         )
         yield self._gauge("fathom_snapshots_used", "Slots saved in host memory.", stats.num_snapshots_used)
-        yield self._counter("fathom_hibernations", "Requests set aside with a snapshot.", stats.num_hibernations)
+        yield self._counter("fathom_hibernations", "Requests set aside, their pages kept.", stats.num_hibernations)
         yield self._counter("fathom_wakes", "Requests that came back from one.", stats.num_wakes)
+        yield self._gauge("fathom_hibernated_requests", "Requests set aside now.", stats.num_hibernated)
+        yield self._counter(
+            "fathom_recompute_preemptions", "Requests set aside and not kept.", stats.num_recompute_preemptions
+        )
         yield self._counter("fathom_moved_bytes", "Copied between device and host.", stats.moved_bytes)
         misses = CounterMetricFamily(
             "fathom_prefix_misses", "Started requests by why no more was cached.", labels=(*_LABELS, "reason")

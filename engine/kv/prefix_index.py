@@ -82,6 +82,25 @@ class PrefixIndex:
         """Device pages that `evict` can free now: in no table, and pinned ones only where host memory has room."""
         return self._num_idle + min(self._num_idle_pinned, self.host.num_free + self._num_droppable)
 
+    @property
+    def num_stuck(self) -> int:
+        """Device pages that stay there for their pins alone: host memory has no room for them."""
+        return max(0, self._num_idle_pinned - self.host.num_free - self._num_droppable)
+
+    def num_evictable_beside(self, nodes: Iterable[Node]) -> int:
+        """`num_evictable` once a table runs through these nodes and all before them, which are among them."""
+        num_idle, num_pinned, num_droppable = self._num_idle, self._num_idle_pinned, self._num_droppable
+        for node in nodes:
+            if node.refs:
+                continue
+            if node.page_id is None:
+                num_droppable -= not node.pins
+            elif node.pins:
+                num_pinned -= 1
+            else:
+                num_idle -= 1
+        return num_idle + min(num_pinned, self.host.num_free + num_droppable)
+
     def root(self, key: bytes) -> Node:
         """The node of an empty prefix; acquire it before anything is published below it."""
         node = self._roots.get(key)
@@ -171,6 +190,7 @@ class PrefixIndex:
         for node, page_id in zip(absent, page_ids, strict=True):
             assert node.host_page is not None
             copies.append((node.host_page, page_id))
+            self._unsealed_host_pages.append(node.host_page)
             self._move_to_device(node, page_id)
         self.hold(tip)
         return copies
@@ -314,6 +334,8 @@ class PrefixIndex:
                 node.page_id, adopted = page_id, True
         node.refs += 1
         if node.page_id is None and node.key == key:
+            assert node.host_page is not None
+            self.host.free([node.host_page])
             self._move_to_device(node, page_id)
             adopted = True
         for tail in tails:
@@ -331,9 +353,9 @@ class PrefixIndex:
             self._drop(holder, freed)
 
     def _move_to_device(self, node: Node, page_id: int) -> None:
+        """The caller gives the host page back."""
         parent = node.parent
-        assert node.host_page is not None and node.refs and parent is not None
-        self._unsealed_host_pages.append(node.host_page)
+        assert node.refs and parent is not None
         node.page_id, node.host_page = page_id, None
         parent.num_device_children += 1
         self._num_on_device += 1
