@@ -15,6 +15,7 @@ from engine.kv.manager import KVManager
 from engine.kv.resume import ResumePlan
 from engine.output_lengths import OutputLengths
 from engine.policy import UNKNOWN_RESERVE, ServiceClass, credit_is_spent, long_share_binds, tokens_to_reserve
+from engine.prefix_waits import PrefixWaits
 from engine.request import Request
 from engine.waiting import WaitingQueue
 
@@ -24,6 +25,7 @@ class AdmissionOrder:
 
     def __init__(self, config: ResolvedConfig, kv: KVManager, tenants: TenantClock) -> None:
         self.waiting = WaitingQueue(tenants)
+        self.prefixes = PrefixWaits(self.waiting)
         self.outputs = OutputLengths()
         self.num_bypasses = 0
         self._config = config
@@ -37,6 +39,7 @@ class AdmissionOrder:
 
     def remove(self, request: Request) -> None:
         """A waiting request leaves."""
+        self.prefixes.forget(request)
         self.waiting.remove(request)
         self._short.pop(request.request_id, None)
         self._spent.pop(request.request_id, None)

@@ -152,6 +152,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Pages on the device that the prefix cache has, those that requests share included."""
     num_host_pages_used: int = 0
     num_snapshots_used: int = 0
+    num_parked: int = 0
+    """Waiting requests that let another one compute what they share with it."""
+    num_prefix_waits: int = 0
+    """Times a request began to wait so; total since start."""
     num_hibernations: int = 0
     """Requests that went back to the queue with their pages kept for them; total since start."""
     num_wakes: int = 0

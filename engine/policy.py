@@ -44,6 +44,12 @@ MOST_SHORTAGES = 8
 """Requests that may be found not to fit before a step stops looking for one that does."""
 
 
+STANDSTILL_SECONDS = 2.0
+"""A prompt that has had no rows for so long is not waited for by others that share its prefix."""
+MOST_PARKED = 16
+"""Requests that are found in one step to share a prefix in flight; each takes a lookup."""
+
+
 class ServiceClass(IntEnum):
     """How a request is served; lower comes first."""
 
@@ -93,6 +99,13 @@ def prefill_seconds(total: float, decode: float) -> float:
 def latest_start(arrival: float, service: ServiceClass, work_seconds: float, config: SchedulingConfig) -> float:
     """When a prompt must be begun at the latest, undisturbed, to have its first token in time."""
     return arrival + config.ttft_seconds(service) + (TTFT_WORK_FACTOR - 1.0) * work_seconds
+
+
+def longest_prefix_wait(service: ServiceClass, work_seconds: float, config: SchedulingConfig) -> float:
+    """How long a prompt may wait in all for prefixes that others compute. In an overload waiting is what sheds work,
+    so this is far more than its goal; a leader that stands still is left much earlier.
+    """
+    return config.ttft_seconds(service) + 10.0 * work_seconds
 
 
 def slack(

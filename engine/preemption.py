@@ -31,7 +31,7 @@ class Preemption:
         *,
         set_aside: Callable[[Request], None],
     ) -> None:
-        """`running` is the scheduler's own; requests that are preempted leave it. `set_aside` puts them in the queue."""
+        """`running` is the scheduler's own; who is preempted leaves it. `set_aside` puts them in the queue."""
         self._kv = kv
         self._costs = costs
         self._running = running
@@ -103,7 +103,7 @@ class Preemption:
         )
 
     def _restore_seconds(self, request: Request) -> float:
-        """To bring a request back to where it stands: from host memory where there is any, else from its first token."""
+        """To bring a request back to where it stands: from host memory where there is any, else from its start."""
         kv, position = self._kv, request.num_computed_tokens
         if request.keys is None or not (kv.snapshots.num_places and kv.index.host.num_pages):
             return self._costs.prefill_seconds(0, position)

@@ -15,6 +15,8 @@ from engine.policy import ServiceClass
 
 class RequestStatus(Enum):
     QUEUED = "queued"
+    PARKED = "parked"
+    """In the queue, until another request has computed the pages that they share."""
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -41,6 +43,7 @@ class Request:
         "first_scheduled_time",
         "grant",
         "keys",
+        "last_chunk_time",
         "last_step_id",
         "latest_start",
         "miss_reason",
@@ -64,6 +67,7 @@ class Request:
         "tenant",
         "total_seconds",
         "trace_id",
+        "wait_until",
     )
 
     def __init__(self, message: AddRequest, *, vocab_size: int, order: int, seed: int) -> None:
@@ -110,6 +114,10 @@ class Request:
         self.error: RequestError | None = None
         self.first_scheduled_time: float | None = None
         self.last_step_id = 0
+        self.last_chunk_time = 0.0
+        """When it was last given prompt rows."""
+        self.wait_until: float | None = None
+        """Until when it may wait for another request's prefix; None: it has never waited."""
         self.num_preemptions = 0
         self.service = ServiceClass.INTERACTIVE
         # Predictions of the moment in which the request was queued; the scheduler sets them.

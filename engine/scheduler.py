@@ -127,6 +127,7 @@ class Scheduler:
         """Plan the next step. It is empty (its id that of the last step) when there is nothing to run or forget."""
         assert self._in_flight is None, "the last plan has not been committed"
         self._refuse_late(now)
+        self._admission.prefixes.release_overdue(now)
         grown = self._preemption.make_room(now)
         decodes, prompts = self._due()
         budget = StepBudget(self.costs, self.config.max_num_batched_tokens)
@@ -135,6 +136,7 @@ class Scheduler:
             now=now,
             budget=budget,
             costs=self.costs,
+            resume_costs=self._resume_costs,
             config=self.config.scheduling,
             kv=self.kv,
             tenants=self._tenants,
@@ -209,6 +211,8 @@ class Scheduler:
             num_free_pages=self.kv.num_available_pages,
             num_free_slots=self.kv.num_free_slots,
             num_bypasses=self._admission.num_bypasses,
+            num_parked=len(self._admission.prefixes),
+            num_prefix_waits=self._admission.prefixes.num_waits,
             num_cached_pages=self.kv.index.num_device_pages,
             num_host_pages_used=self.kv.index.host.num_pages - self.kv.index.host.num_free,
             num_snapshots_used=len(self.kv.snapshots),
@@ -227,7 +231,8 @@ class Scheduler:
         assert not queued & set(self._running), "a request is in two queues"
         assert queued | set(self._running) == set(self.requests), "a request is in no queue"
         assert len(waiting) == len(self._admission.waiting) == len(queued), "the waiting are miscounted"
-        assert all(r.grant is None and r.status is RequestStatus.QUEUED for r in waiting)
+        assert all(r.grant is None and r.status is not RequestStatus.RUNNING for r in waiting)
+        self._admission.prefixes.check(self._running)
         hibernated = {h.request_id for h in self.kv.hibernations}
         assert hibernated <= queued, "pages are pinned for nobody"
         self._tenants.check(dict(Counter(r.tenant for r in self.requests.values())))
@@ -267,6 +272,7 @@ class Scheduler:
         """A preempted request waits again."""
         assert request.last_step_id <= self._committed_step_id
         self._forget.append(request.request_id)
+        self._admission.prefixes.left(request.request_id)
         self._queue(request)
 
     def _count_moves(self, moves: Moves) -> None:
@@ -304,6 +310,8 @@ class Scheduler:
             request.num_computed_tokens = end
             if row.request_id not in failed:
                 self.kv.commit(request.grant, request.token_ids, end, now)
+                if row.num_tokens > 1:
+                    self._admission.prefixes.reached(row.request_id, end)
             if end > seen:
                 request.num_ever_computed = end
             if row.samples:
@@ -366,11 +374,12 @@ class Scheduler:
         logprobs: TokenLogprobs | None = None,
     ) -> None:
         """The one way out for every request that was added."""
-        if request.status is RequestStatus.QUEUED:
+        if request.status is not RequestStatus.RUNNING:
             self._admission.remove(request)
             self.kv.forget(request.request_id)
         else:
             del self._running[request.request_id]
+            self._admission.prefixes.left(request.request_id)
             self._forget.append(request.request_id)
             self._fenced.append(request)
             request.settled = request.last_step_id <= self._committed_step_id and reason != "error"

@@ -208,6 +208,8 @@ class _EngineCollector(Collector):
         for reason, count in sorted(stats.miss_counts.items()):
             misses.add_metric((*self._labels, reason), count)
         yield misses
+        yield self._gauge("fathom_parked_requests", "Waiting for a prefix that another computes.", stats.num_parked)
+        yield self._counter("fathom_prefix_waits", "Waits for such a prefix.", stats.num_prefix_waits)
         yield self._counter("fathom_bypasses", "Starts past a request that did not fit.", stats.num_bypasses)
         yield self._counter(
             "fathom_recomputed_tokens", "Rows computed again after a preemption.", stats.num_recomputed_tokens

@@ -16,7 +16,9 @@ from engine.kv.misses import Match
 from engine.kv.prefix_node import Node
 from engine.kv.snapshot_store import Snapshot, SnapshotStore
 
-MissReason = Literal["cold", "evicted", "salt", "diverged", "no_snapshot"]
+MissReason = Literal["cold", "evicted", "salt", "diverged", "no_snapshot", "in_flight"]
+"""That of `Match.end`; "no_snapshot": more is cached than it is worth coming back to; "in_flight": another request was
+computing the same, and waiting for it was not sooner."""
 
 
 class ResumeCosts(Protocol):

@@ -117,6 +117,7 @@ def add_message(request: SimRequest, token_ids: np.ndarray, arrival: float) -> A
         prompt_token_ids=pack_ids(token_ids),
         sampling=SamplingParams(temperature=0.0, max_tokens=request.answer.num_tokens, ignore_eos=True, seed=0),
         priority=request.priority,
+        tenant=request.key,
         arrival_time=arrival,
     )
 

@@ -69,9 +69,15 @@ def gpu(name: str, *, efficiency: float | None = None) -> Gpu:
 
 
 def simulated_config(
-    model: ModelConfig, *, kv_bytes: int, max_num_seqs: int = 256, max_num_batched_tokens: int = 8192
+    model: ModelConfig,
+    *,
+    kv_bytes: int,
+    host_bytes: int = 0,
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int = 8192,
 ) -> ResolvedConfig:
-    """The engine configuration of a card with `kv_bytes` for pages and slots: FP8 rows, nothing is allocated.
+    """The engine configuration of a card with `kv_bytes` for pages and slots and `host_bytes` beside it for snapshots
+    and spilled pages: FP8 rows, nothing is allocated.
 
     Raises:
         EngineConfigError: `kv_bytes` hold no page beside the slots.
@@ -81,10 +87,13 @@ def simulated_config(
         device="cuda",
         kv_cache_dtype="fp8",
         kv_cache_bytes=kv_bytes,
+        host_cache_bytes=host_bytes,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
     )
-    facts = MachineFacts(device="cuda", has_bf16=True, free_bytes=_ENOUGH_BYTES, num_cores=_ENOUGH_CORES)
+    facts = MachineFacts(
+        device="cuda", has_bf16=True, free_bytes=_ENOUGH_BYTES, num_cores=_ENOUGH_CORES, host_free_bytes=_ENOUGH_BYTES
+    )
     return resolve(config, model, facts)
 
 
@@ -129,14 +138,14 @@ class Machine:
         self._index_others = m.hidden_size * (4 * m.index_head_dim + m.index_n_heads)
         self._head = m.vocab_size * m.hidden_size
         self._row_bytes, self._index_bytes = layout.bytes_per_row, layout.bytes_per_index_row
-        self._page_bytes, self._slot_bytes = layout.bytes_per_page, layout.bytes_per_slot
+        self._page_bytes, self._snapshot_bytes = layout.bytes_per_page, layout.bytes_per_snapshot
         # Beyond this context a decode row's cost is a straight line.
         self._linear_from = max(m.sliding_window, 4 * m.index_topk)
         self._decode_base = self.attention_seconds(self._linear_from, 1)
         self._decode_slope = self.attention_seconds(self._linear_from + 1, 1) - self._decode_base
 
     def work_of(self, plan: StepPlan) -> StepWork:
-        """The work of a plan. A snapshot moves a slot's bytes."""
+        """The work of a plan."""
         work = StepWork()
         for rows in plan.scheduled:
             if rows.num_tokens == 1:
@@ -144,8 +153,8 @@ class Machine:
             else:
                 work.chunks.append((rows.start, rows.num_tokens))
             work.num_sampled += rows.samples
-        work.bytes_in = len(plan.page_loads) * self._page_bytes + len(plan.slot_restores) * self._slot_bytes
-        work.bytes_out = len(plan.page_spills) * self._page_bytes + len(plan.slot_snapshots) * self._slot_bytes
+        work.bytes_in = len(plan.page_loads) * self._page_bytes + len(plan.slot_restores) * self._snapshot_bytes
+        work.bytes_out = len(plan.page_spills) * self._page_bytes + len(plan.slot_snapshots) * self._snapshot_bytes
         work.bytes_copied = 2 * len(plan.page_copies) * self._page_bytes
         return work
 
