@@ -190,13 +190,13 @@ class Scheduler:
             self._fail(request_id, why)
         for request_id in awaited:
             self._fail(request_id, "the step returned no token")
-        if plan.scheduled and result.seconds > 0.0 and not plan.replays:
-            self._learn(plan.num_tokens, result.seconds)
+        if plan.scheduled and result.seconds > 0.0:
+            self._learn(plan.num_tokens, result, moves)
         self._release_fenced(now)
         if result.lost:
             self.kv.forget_lost(moves)
         else:
-            self._count_moves(moves)
+            self.totals.moved_bytes += self._bytes_of(moves.num_host_copies)
         news, self._news = self._news, OutputColumns()
         return news.pack(self.stats())
 
@@ -275,10 +275,10 @@ class Scheduler:
         self._admission.prefixes.left(request.request_id)
         self._queue(request)
 
-    def _count_moves(self, moves: Moves) -> None:
-        num_pages, num_slots = moves.num_host_copies
-        layout = self.kv.layout
-        self.totals.moved_bytes += num_pages * layout.bytes_per_page + num_slots * layout.bytes_per_snapshot
+    def _bytes_of(self, num_copies: tuple[int, int]) -> int:
+        """Of so many pages and snapshots."""
+        num_pages, num_snapshots = num_copies
+        return num_pages * self.kv.layout.bytes_per_page + num_snapshots * self.kv.layout.bytes_per_snapshot
 
     def _due(self) -> tuple[list[Request], list[Request]]:
         """Running requests with one row to go, and those with more."""
@@ -290,10 +290,14 @@ class Scheduler:
         assert len(decodes) <= self.config.max_num_batched_tokens
         return decodes, prompts
 
-    def _learn(self, num_tokens: int, seconds: float) -> None:
+    def _learn(self, num_tokens: int, result: StepResult, moves: Moves) -> None:
+        """What a step took: its rows and its copies, each for itself."""
         features, predicted = self._predicted
-        self.totals.count_step(num_tokens=num_tokens, seconds=seconds, predicted=predicted)
-        self.costs.observe(features, seconds)
+        loaded = self._bytes_of(moves.num_host_loads)
+        predicted += self._resume_costs.load_seconds(loaded)
+        self.totals.count_step(num_tokens=num_tokens, seconds=result.seconds, predicted=predicted)
+        self.costs.observe(features, result.seconds - result.load_seconds - result.save_seconds)
+        self._resume_costs.observe_load(loaded, result.load_seconds)
 
     def _commit_rows(self, plan: StepPlan, failed: set[str], now: float) -> dict[str, Request]:
         """Count the rows of a step; returns the live requests that a token is due for."""

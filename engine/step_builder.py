@@ -336,7 +336,8 @@ class StepBuilder:
         self._plans.clear()
         grant, resume_at = admitted
         if plan.replay and resume_at:
-            self._budget.spend(self._costs.replay_seconds(resume_at))
+            self._budget.add_replay(resume_at)
+        self._budget.spend(self._load_seconds(plan) if resume_at == plan.resume_at else 0.0)
         self._resume(request, plan, resume_at)
         request.grant = grant
         self._brought[request.request_id] = tuple(grant.page_ids)
@@ -358,6 +359,13 @@ class StepBuilder:
             )
         )
         return True
+
+    def _load_seconds(self, plan: ResumePlan) -> float:
+        """Of the copies from host memory that a way in takes."""
+        layout = self._kv.layout
+        num_bytes = plan.num_loads * layout.bytes_per_page
+        num_bytes += layout.bytes_per_snapshot if plan.snapshot is not None else 0
+        return self._resume_costs.load_seconds(num_bytes)
 
     def _resume(self, request: Request, plan: ResumePlan, resume_at: int) -> None:
         """Let a starting request go on at a position, and settle where it leaves snapshots."""

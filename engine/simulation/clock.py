@@ -214,6 +214,8 @@ class _Simulation:
             token_ids=tuple(self._next_token(request_id) for request_id in request_ids),
             logprobs=(None,) * len(request_ids),
             seconds=seconds,
+            load_seconds=self.machine.load_seconds(work),
+            save_seconds=self.machine.save_seconds(work),
         )
         start, self.now = self.now, self.now + seconds
         clock = time.perf_counter()

@@ -105,6 +105,8 @@ class StepWork:
     """Tokens that each decode row sees."""
     chunks: list[tuple[int, int]] = field(default_factory=list)
     """(start, rows) of each prompt chunk."""
+    replays: list[int] = field(default_factory=list)
+    """Positions at which slots are rebuilt."""
     num_sampled: int = 0
     bytes_in: int = 0
     """Host to device, before the rows run."""
@@ -153,6 +155,7 @@ class Machine:
             else:
                 work.chunks.append((rows.start, rows.num_tokens))
             work.num_sampled += rows.samples
+        work.replays = [replay.position for replay in plan.replays]
         work.bytes_in = len(plan.page_loads) * self._page_bytes + len(plan.slot_restores) * self._snapshot_bytes
         work.bytes_out = len(plan.page_spills) * self._page_bytes + len(plan.slot_snapshots) * self._snapshot_bytes
         work.bytes_copied = 2 * len(plan.page_copies) * self._page_bytes
@@ -160,11 +163,25 @@ class Machine:
 
     def step_seconds(self, work: StepWork) -> float:
         """Seconds of a step. Loads come before its rows; spills and snapshots run beside them."""
-        card = self.card
+        seconds = self._beside_copies(work)
+        return seconds + self.load_seconds(work) + self._save_seconds(work, seconds)
+
+    def load_seconds(self, work: StepWork) -> float:
+        """What the rows wait for copies from the host."""
+        return work.bytes_in / self.card.link_bandwidth
+
+    def save_seconds(self, work: StepWork) -> float:
+        """What copies to the host take longer than the rows."""
+        return self._save_seconds(work, self._beside_copies(work)) if work.bytes_out else 0.0
+
+    def _save_seconds(self, work: StepWork, seconds: float) -> float:
+        return max(0.0, work.bytes_out / self.card.link_bandwidth - seconds)
+
+    def _beside_copies(self, work: StepWork) -> float:
         seconds = work.bytes_copied / self._bandwidth
         if work.decode_contexts or work.chunks:
             seconds += self.rows_seconds(work)
-        return max(seconds, work.bytes_out / card.link_bandwidth) + work.bytes_in / card.link_bandwidth
+        return seconds + sum(self.replay_seconds(position) for position in work.replays)
 
     def rows_seconds(self, work: StepWork) -> float:
         """Seconds of a step's rows, without what is moved."""
@@ -218,7 +235,7 @@ class Machine:
         reach = self.model.sliding_window - 1
         rows = sum(min(position, (self._num_layers - layer) * reach) for layer in range(self._num_layers))
         mean = -(-rows // self._num_layers)
-        return self.step_seconds(StepWork(chunks=[(position - mean, mean)])) if mean else 0.0
+        return self.rows_seconds(StepWork(chunks=[(position - mean, mean)])) if mean else 0.0
 
     def _fp8(self, parameters: int, num_rows: int) -> float:
         return max(2 * parameters * num_rows / self._fp8_flops, parameters / self._bandwidth)
