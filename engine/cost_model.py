@@ -28,6 +28,8 @@ ROW_KNOTS = (4, 16, 64, 256, 1024, 4096)
 compute-bound at a few hundred and experts at a few thousand, on every machine of interest within a factor of four."""
 _MANY_ROWS, _FEW_ROWS = 64, 5.0
 """The prior's slope is this many times steeper below 64 rows, where most rows read experts of their own."""
+_PIECE_START = np.array([0.0, *ROW_KNOTS])
+_PIECE_LENGTH = np.diff([0.0, *ROW_KNOTS, math.inf])
 _STEP, _REQUEST, _DECODE_CONTEXT, _PREFILL_WORK, _MIXED = range(5)
 _FIRST_SLOPE = 5
 COEFFICIENTS = (
@@ -174,6 +176,8 @@ class CostModel:
         self.spread = 0.5
         """Typical relative error of recent predictions."""
         self._model = model
+        self._replay_reach = model.num_hidden_layers * (model.sliding_window - 1)
+        self._most_replay_rows = replay_row_equivalents(model, self._replay_reach)
         self._forgetting = forgetting
         self._chunk_tokens = chunk_tokens
         self._prior = np.array(
@@ -244,7 +248,9 @@ class CostModel:
 
     def replay_rows(self, position: int) -> int:
         """Rows of a replay at `position`, averaged over the layers."""
-        return replay_row_equivalents(self._model, position)
+        return (
+            self._most_replay_rows if position >= self._replay_reach else replay_row_equivalents(self._model, position)
+        )
 
     def _replays_seconds(self, features: StepFeatures) -> float:
         return sum(self._seconds(1, rows, 0, rows * float(position), False) for rows, position in features.replays)
@@ -315,10 +321,7 @@ class CostModel:
         parts[_PREFILL_WORK] = features.prefill_work + sum(rows * float(at) for rows, at in features.replays)
         parts[_MIXED] = features.mixed
         for num_rows in (features.num_rows, *(rows for rows, _ in features.replays)):
-            low = 0.0
-            for i, high in enumerate((*ROW_KNOTS, math.inf)):
-                parts[_FIRST_SLOPE + i] += min(max(0.0, num_rows - low), high - low)
-                low = high
+            parts[_FIRST_SLOPE:] += np.minimum(np.maximum(num_rows - _PIECE_START, 0.0), _PIECE_LENGTH)
         return parts
 
     def _set_coefficients(self) -> None:

@@ -44,6 +44,8 @@ MOST_SHORTAGES = 8
 """Requests that may be found not to fit before a step stops looking for one that does."""
 
 
+SHORTAGE_STEPS = 16
+"""A request that does not fit is looked up again when so many pages are available, and after so many steps anyway."""
 STANDSTILL_SECONDS = 2.0
 """A prompt that has had no rows for so long is not waited for by others that share its prefix."""
 MOST_PARKED = 16

@@ -9,7 +9,7 @@ hibernated (`kv.hibernation`), whom `victims` names, and waits again. Every answ
 So each is set aside a few times at most, and somebody always gets on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from engine import victims
 from engine.kv.grant import Shortage
@@ -38,18 +38,10 @@ class Preemption:
         self._totals = totals
         self._set_aside = set_aside
 
-    def make_room(self, now: float) -> dict[str, tuple[int, ...]]:
-        """Give every answer the page that its next row needs; returns the pages by request. No plan is in flight."""
+    def make_room(self, requests: Iterable[Request], now: float) -> dict[str, tuple[int, ...]]:
+        """Give these answers the page that their next row needs; returns the pages by request. No plan is in flight."""
         grown: dict[str, tuple[int, ...]] = {}
-        page_tokens = self._kv.layout.page_tokens
-        at_the_end = [
-            request
-            for request in self._running.values()
-            if request.grant is not None
-            and request.num_tokens > page_tokens * len(request.grant.page_ids)
-            and request.num_uncomputed_tokens == 1
-        ]
-        for request in at_the_end:
+        for request in requests:
             while request.grant is not None:
                 pages = self._kv.extend(request.grant, request.num_tokens)
                 if not isinstance(pages, Shortage):

@@ -104,6 +104,9 @@ class Scheduler:
         assert request.request_id not in self.requests, f"{request.request_id} is known"
         self.requests[request.request_id] = request
         request.service = policy.service_class(request.num_prompt_tokens, self.config.scheduling)
+        request.most_tokens = min(request.most_tokens, self.config.max_model_len)
+        if not request.sampling.ignore_eos:
+            request.stop_ids |= {self._eos_token_id}
         self._tenants.enter(request.tenant)
         if request.keys is None and self.hasher is not None:
             request.keys = PageKeys(self.hasher, request.cache_salt, request.token_ids)
@@ -128,8 +131,10 @@ class Scheduler:
         assert self._in_flight is None, "the last plan has not been committed"
         self._refuse_late(now)
         self._admission.prefixes.release_overdue(now)
-        grown = self._preemption.make_room(now)
-        decodes, prompts = self._due()
+        decodes, prompts, full = self._due()
+        grown = self._preemption.make_room(full, now)
+        if len(decodes) + len(prompts) > len(self._running):
+            decodes, prompts, _ = self._due()
         budget = StepBudget(self.costs, self.config.max_num_batched_tokens)
         step = StepBuilder(
             step_id=self.totals.step_id + 1,
@@ -191,7 +196,7 @@ class Scheduler:
         for request_id in awaited:
             self._fail(request_id, "the step returned no token")
         if plan.scheduled and result.seconds > 0.0:
-            self._learn(plan.num_tokens, result, moves)
+            self._learn(result, moves)
         self._release_fenced(now)
         if result.lost:
             self.kv.forget_lost(moves)
@@ -204,7 +209,7 @@ class Scheduler:
         waiting = self._admission.waiting
         return self.totals.frame(
             num_running=len(self._running),
-            num_running_long=sum(r.service is policy.ServiceClass.LONG for r in self._running.values()),
+            num_running_long=[r.service for r in self._running.values()].count(policy.ServiceClass.LONG),
             num_waiting=len(waiting),
             num_waiting_long=waiting.count(policy.ServiceClass.LONG),
             num_waiting_tokens=waiting.num_tokens,
@@ -280,47 +285,60 @@ class Scheduler:
         num_pages, num_snapshots = num_copies
         return num_pages * self.kv.layout.bytes_per_page + num_snapshots * self.kv.layout.bytes_per_snapshot
 
-    def _due(self) -> tuple[list[Request], list[Request]]:
-        """Running requests with one row to go, and those with more."""
+    def _due(self) -> tuple[list[Request], list[Request], list[Request]]:
+        """Running requests with one row to go, those with more, and those of the first whose pages are full."""
         decodes: list[Request] = []
         prompts: list[Request] = []
+        full: list[Request] = []
+        page_tokens = self.kv.layout.page_tokens
         for request in self._running.values():
-            (decodes if request.num_tokens - request.num_computed_tokens == 1 else prompts).append(request)
+            if request.num_tokens - request.num_computed_tokens > 1:
+                prompts.append(request)
+                continue
+            decodes.append(request)
+            assert request.grant is not None
+            if request.num_tokens > page_tokens * len(request.grant.page_ids):
+                full.append(request)
         # Each of them had a row in the last step, so they fit into this one.
         assert len(decodes) <= self.config.max_num_batched_tokens
-        return decodes, prompts
+        return decodes, prompts, full
 
-    def _learn(self, num_tokens: int, result: StepResult, moves: Moves) -> None:
+    def _learn(self, result: StepResult, moves: Moves) -> None:
         """What a step took: its rows and its copies, each for itself."""
         features, predicted = self._predicted
         loaded = self._bytes_of(moves.num_host_loads)
         predicted += self._resume_costs.load_seconds(loaded)
-        self.totals.count_step(num_tokens=num_tokens, seconds=result.seconds, predicted=predicted)
+        self.totals.count_step(num_tokens=features.num_rows, seconds=result.seconds, predicted=predicted)
         self.costs.observe(features, result.seconds - result.load_seconds - result.save_seconds)
         self._resume_costs.observe_load(loaded, result.load_seconds)
 
     def _commit_rows(self, plan: StepPlan, failed: set[str], now: float) -> dict[str, Request]:
         """Count the rows of a step; returns the live requests that a token is due for."""
         awaited: dict[str, Request] = {}
+        page_tokens = self.kv.layout.page_tokens
         for row in plan.scheduled:
-            request = self.requests.get(row.request_id)
-            if request is None or request.grant is None:
+            request_id, start = row.request_id, row.start
+            request = self._running.get(request_id)
+            if request is None:
                 continue
-            end = row.start + row.num_tokens
-            seen = request.num_ever_computed
-            if row.start < max(seen, request.num_prompt_tokens):
-                self.totals.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - max(row.start, seen))
-                self.totals.num_recomputed_tokens += max(0, min(end, seen) - row.start)
+            end = start + row.num_tokens
+            if start < request.num_ever_computed or start < request.num_prompt_tokens:
+                self._count_rows(request, start, end)
             request.num_computed_tokens = end
-            if row.request_id not in failed:
+            request.num_ever_computed = max(request.num_ever_computed, end)
+            if end // page_tokens > start // page_tokens and request_id not in failed:
+                assert request.grant is not None
                 self.kv.commit(request.grant, request.token_ids, end, now)
-                if row.num_tokens > 1:
-                    self._admission.prefixes.reached(row.request_id, end)
-            if end > seen:
-                request.num_ever_computed = end
+                self._admission.prefixes.reached(request_id, end)
             if row.samples:
-                awaited[row.request_id] = request
+                awaited[request_id] = request
         return awaited
+
+    def _count_rows(self, request: Request, start: int, end: int) -> None:
+        """Rows of a prompt, and rows that were computed before."""
+        seen = request.num_ever_computed
+        self.totals.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - max(start, seen))
+        self.totals.num_recomputed_tokens += max(0, min(end, seen) - start)
 
     def _commit_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request.append(token_id)
@@ -338,13 +356,9 @@ class Scheduler:
             )
 
     def _stop_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        sampling = request.sampling
-        stops = (token_id == self._eos_token_id and not sampling.ignore_eos) or token_id in sampling.stop_token_ids
-        if stops and request.num_output_tokens > sampling.min_tokens:
+        if token_id in request.stop_ids and request.num_output_tokens > request.sampling.min_tokens:
             return "stop"
-        if request.num_output_tokens >= sampling.max_tokens or request.num_tokens >= self.config.max_model_len:
-            return "length"
-        return None
+        return "length" if request.num_tokens >= request.most_tokens else None
 
     def _never_fits(self, request: Request) -> str | None:
         limit = self.config.max_model_len

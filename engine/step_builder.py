@@ -5,7 +5,7 @@ come and there is room for it. The favoured prompt has a share of the seconds ke
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from engine.admission_order import AdmissionOrder
 from engine.budget import StepBudget
@@ -97,27 +97,25 @@ class StepBuilder:
         self._favoured_seconds = 0.0
         self._prompt_seconds = 0.0
 
-    def add_decodes(self, requests: Iterable[Request], grown: Mapping[str, tuple[int, ...]]) -> None:
+    def add_decodes(self, requests: Sequence[Request], grown: Mapping[str, tuple[int, ...]]) -> None:
         """One row each; `grown` has the pages that were appended to their tables."""
         context = 0
-        by_tenant: Counter[str] = Counter()
         for request in requests:
-            start = request.num_computed_tokens
+            request_id, start = request.request_id, request.num_computed_tokens
             context += start + 1
-            by_tenant[request.tenant] += 1
-            self._decoding.add(request.service)
             request.last_step_id = self._step_id
             self.rows.append(
                 ScheduledTokens(
-                    request_id=request.request_id,
+                    request_id=request_id,
                     start=start,
                     num_tokens=1,
-                    new_page_ids=grown.get(request.request_id, ()),
+                    new_page_ids=grown.get(request_id, ()),
                     samples=True,
                 )
             )
+        self._decoding = {request.service for request in requests}
         seconds = self._budget.add_decodes(len(self.rows), context)
-        for tenant, count in by_tenant.items():
+        for tenant, count in Counter([request.tenant for request in requests]).items():
             self._tenants.charge(tenant, seconds * count / len(self.rows))
 
     def add_prompts(self, prompts: Iterable[Request]) -> None:
@@ -149,9 +147,14 @@ class StepBuilder:
             request = self._head(scan if may_look else None, first)
             if request is None:
                 return
-            if request is not first and self._parks(request):
-                num_parked += 1
-                continue
+            if request is not first:
+                if self._is_short(request):
+                    num_passed += 1
+                    scan.skip()
+                    continue
+                if self._parks(request):
+                    num_parked += 1
+                    continue
             is_favoured = request is self._favoured
             num_rows = self._rows_for(request, 0.0 if is_favoured else seconds_kept, 0 if is_favoured else rows_kept)
             if not num_rows:
@@ -199,7 +202,7 @@ class StepBuilder:
             if request.status is RequestStatus.RUNNING:
                 self._favoured = request
                 return seconds_kept
-            if self._parks(request):
+            if self._is_short(request) or self._parks(request):
                 continue
             num_rows = self._rows_for(request, self._budget.seconds_left - seconds_kept)
             if num_rows and self._start(request, num_rows):
@@ -256,6 +259,10 @@ class StepBuilder:
                 replayed = self._costs.replay_seconds(start)
         wanted = request.limit_after(start) - start
         return self._budget.rows_for(start, wanted, seconds_kept=seconds_kept + replayed, rows_kept=rows_kept)
+
+    def _is_short(self, request: Request) -> bool:
+        """Whether a waiting request was found not to fit and will not fit now."""
+        return bool(self._running) and self._admission.is_short(request, self._step_id)
 
     def _parks(self, request: Request) -> bool:
         """Let a waiting request wait for a prefix in flight if that is sooner than computing it as well."""
@@ -330,7 +337,7 @@ class StepBuilder:
         finishes = num_rows == request.num_tokens - plan.resume_at
         if not finishes and sum(n for p, n in self._num_begun.items() if p <= request.priority) >= MOST_BEGUN:
             return False
-        admitted = self._admission.admit(request, self._running.values(), plan, self._now)
+        admitted = self._admission.admit(request, self._running.values(), plan, self._now, self._step_id)
         if admitted is None:
             return False
         self._plans.clear()
@@ -342,8 +349,7 @@ class StepBuilder:
         request.grant = grant
         self._brought[request.request_id] = tuple(grant.page_ids)
         request.status = RequestStatus.RUNNING
-        if request.first_scheduled_time is None:
-            request.first_scheduled_time = self._now
+        request.start(self._now)
         self._running[request.request_id] = request
         self._num_begun[request.priority] += 1
         if request.keys is not None:

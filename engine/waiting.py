@@ -125,24 +125,30 @@ class Scan:
     def __init__(self, queue: WaitingQueue) -> None:
         self._queue = queue
         self._passed: dict[tuple[_Group, str], int] = {}
+        self._heaps: dict[_Group, list[tuple[float, tuple[float, float, int], str]]] = {}
+        """Tenants by virtual time and their next request. Both only grow, so what is out of date is too low: it comes
+        to the top and is entered again."""
         self._head: tuple[_Group, str] | None = None
 
     def head(self) -> tuple[OrderKey, Request] | None:
         """The next request in order that has not been passed, with its key."""
-        tenants = self._queue._tenants
         for group in self._queue._order:
-            best: tuple[float, tuple[float, float, int], str, Request] | None = None
-            for tenant, entries in self._queue._groups[group].items():
-                index = self._passed.get((group, tenant), 0)
-                if index < len(entries):
-                    key, request = entries[index]
-                    candidate = (tenants[tenant], key, tenant, request)
-                    if best is None or candidate[:2] < best[:2]:
-                        best = candidate
-            if best is not None:
-                seconds, _, tenant, request = best
-                self._head = (group, tenant)
-                return waiting_order(request, seconds), request
+            tenants = self._queue._groups[group]
+            heap = self._heaps.get(group)
+            if heap is None:
+                heap = self._heaps[group] = [(0.0, (0.0, 0.0, 0), tenant) for tenant in tenants]
+            while heap:
+                tenant = heap[0][2]
+                entries, index = tenants.get(tenant, ()), self._passed.get((group, tenant), 0)
+                if index >= len(entries):
+                    heapq.heappop(heap)
+                    continue
+                key, request = entries[index]
+                entry = (self._queue._tenants[tenant], key, tenant)
+                if entry == heap[0]:
+                    self._head = (group, tenant)
+                    return waiting_order(request, entry[0]), request
+                heapq.heapreplace(heap, entry)
         return None
 
     def skip(self) -> None:
