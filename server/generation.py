@@ -15,7 +15,7 @@ from server.text.stop import StopMatcher
 from server.text.tokenizer import Tokenizer
 
 ParseMode = Literal["chat", "raw"]
-FinalReason = Literal["stop", "length", "error"]
+FinalReason = Literal["stop", "length", "tool_calls", "error"]
 
 LEAST_LOGPROB = -9999.0
 """Stands for anything less likely, minus infinity too: JSON has no word for that."""
@@ -51,11 +51,25 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
     """Characters of this part (reasoning or content) in front of the token's text."""
 
 
+class CallDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of a tool call. The first piece of a call has its id and name, and no arguments."""
+
+    index: int
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+    """The pieces of a call join to the text of a JSON object, unless the answer ended with "length"."""
+
+
 class GenerationEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """News of one answer. The last event of a stream has a finish reason and the usage."""
+    """News of one answer: reasoning goes before content, content before calls.
+
+    The last event of a stream has a finish reason and the usage.
+    """
 
     reasoning: str = ""
     content: str = ""
+    calls: tuple[CallDelta, ...] = ()
     token_ids: tuple[int, ...] = ()
     """All tokens of this step, also those whose text is still held back or never shown."""
     logprobs: tuple[TokenLogprob, ...] = ()
