@@ -111,7 +111,7 @@ class Generator:
         an argument of a call ends with "length". Failures of the request and of the engine come as a last event with
         `error`; nothing is raised for them.
         """
-        answer = _Answer(
+        answer = Answer(
             OutputParser(
                 self._tokenizer,
                 starts_in=starts_in if parse == "chat" else "raw",
@@ -159,7 +159,7 @@ class Generator:
                 self._client.abort(request.request_id)
 
 
-class _Answer:
+class Answer:
     """Engine outputs of one request to events; no input or output of its own."""
 
     def __init__(

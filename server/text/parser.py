@@ -181,14 +181,12 @@ class OutputParser:
             marker = self._markers.get(token_id)
             if marker is None:
                 continue
+            self._run(token_ids[start:n])
+            self._text(self._detokenizer.flush())
             if marker is Marker.DSML:
-                self._run(token_ids[start:n])
                 self._dsml()
-            elif (self.state, marker) in _TRANSITIONS:
-                self._run(token_ids[start:n])
-                self._cross(marker)
             else:
-                continue
+                self._cross(marker)
             start = n + 1
         self._run(token_ids[start:] if start else token_ids)
         return self._take()
@@ -207,15 +205,20 @@ class OutputParser:
         self._text(self._detokenizer.push(token_ids))
 
     def _cross(self, marker: Marker) -> None:
-        self._text(self._detokenizer.flush())
-        self._end_tag()
+        """`<think>` or `</think>`, where it is structure; elsewhere it is text."""
+        if marker is Marker.THINK_END:
+            self._end_tag()
+        target = _TRANSITIONS.get((self.state, marker))
+        if target is None or (marker is Marker.THINK_START and (self._opener or self._tag is not None)):
+            self.num_reasoning_tokens += self.in_reasoning
+            self._text(marker.value)
+            return
         if self._opener or not self.in_reasoning:
             self._release()
         self._held = 0
-        self._enter(_TRANSITIONS[self.state, marker])
+        self._enter(target)
 
     def _dsml(self) -> None:
-        self._text(self._detokenizer.flush())
         if self.state is State.CALLS:
             self._calls.marker()
             return
