@@ -24,8 +24,9 @@ StartsIn = Literal["reasoning", "content", "calls", "raw"]
 _TAG_NAME = re.compile(r" ?([A-Za-z_]+)")
 _MOST_NAME_CHARS = 40
 _MOST_BLANKS = 16
-_ELEMENTS = ("invoke", "parameter")
-_BLOCKS = ("tool_calls", "tool_call", "calls", "function_calls", "function_call", "toolcalls", "toolcall", "tool")
+_TAGS = ("invoke", "parameter", "tool_calls", "tool_call", "toolcalls", "toolcall", "function_calls", "function_call")
+_WORDS = ("calls", "tool")
+"""Tags only where the tag ends behind them."""
 
 
 class Delta(NamedTuple):
@@ -301,7 +302,7 @@ class OutputParser:
                 self._no_tag()
             return
         closing = self._opener == "</"
-        if name[1] in _ELEMENTS or (name[1] in _BLOCKS and rest[0] in ">\r\n/"):
+        if name[1] in _TAGS or (name[1] in _WORDS and rest[0] in ">\r\n/"):
             if closing:
                 self._drop_tag(rest)
             else:
@@ -334,7 +335,7 @@ class OutputParser:
         tag = self._tag
         if tag is None:
             return
-        if any(name.startswith(tag.removeprefix(" ")) for name in (*_ELEMENTS, *_BLOCKS)):
+        if any(name.startswith(tag.removeprefix(" ")) for name in (*_TAGS, *_WORDS)):
             self._held, self._opener, self._tag = 0, "", None
         else:
             self._no_tag()
