@@ -134,5 +134,7 @@ def _engine_error(error: RequestError, admission: Admission) -> ApiError:
             return overloaded(error.message, retry_after, code="deadline_exceeded")
         case "too_large":
             return bad_request(error.message, code="context_length_exceeded")
+        case "no_token_left":
+            return bad_request(error.message)
         case "internal":
             return ApiError(500, error.message, type="server_error", code="internal")
