@@ -58,11 +58,12 @@ async def run(
         continues=job.continues,
         stop=body.stop,
         include_stop=body.include_stop_str_in_output,
-        cache_salt=state.keys.cache_salt(context.key_id, body.cache_salt),
+        cache_salt=state.keys.cache_salt(context.key_id, body.salt),
         priority=body.priority,
         deadline=context.arrival + state.config.queue_timeout,
         arrival_time=context.arrival,
         tenant=context.key_id,
+        skip_special=body.skip_special_tokens,
         snapshot_positions=(job.turn_start,) if job.turn_start else (),
     )
     try:
@@ -124,6 +125,18 @@ def total_usage(usages: Sequence[Usage]) -> Usage:
         completion_tokens=sum(u.completion_tokens for u in usages),
         reasoning_tokens=sum(u.reasoning_tokens for u in usages),
         cached_tokens=sum(u.cached_tokens for u in usages),
+    )
+
+
+def usage_of_choices(usages: Sequence[Usage]) -> Usage:
+    """Of several answers to one prompt, which counts once."""
+    first = usages[0]
+    return Usage(
+        prompt_tokens=first.prompt_tokens,
+        completion_tokens=sum(u.completion_tokens for u in usages),
+        reasoning_tokens=sum(u.reasoning_tokens for u in usages),
+        cached_tokens=first.cached_tokens,
+        miss_reason=first.miss_reason,
     )
 
 
