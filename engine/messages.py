@@ -117,6 +117,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     numerics: str
     pid: int
     enable_prefix_cache: bool = False
+    is_preview: bool = False
+    """Weights of the preview, as far as the configuration shows: their prompts state efforts in other words."""
     load_seconds: float = 0.0
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from server.chat_request import ChatRequest
+from server.compat import as_deepseek
 from server.errors import bad_request, echo
 from server.generation import GenerationEvent
 from server.middleware import RequestContext
@@ -58,6 +59,8 @@ async def start_chat(
     Raises:
         ApiError: 400 with `param`, 429 or 503 as `Admission.enter` says.
     """
+    if state.config.api_compat == "deepseek":
+        chat = as_deepseek(chat)
     sampling = sampling_params(chat.fields, serving, chat.num_logprobs)
     shares = serving.info.enable_prefix_cache
     estimate = estimated_tokens(num_bytes)
@@ -122,6 +125,7 @@ def render_request(serving: Serving, chat: ChatRequest) -> Prompt:
             tools=tools,
             tool_choice=choice,
             response_format=rendered,
+            effort_table=serving.effort_table,
         )
     except PromptError as error:
         param = error.param

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import limits, logs
 from server.auth import ANONYMOUS, OPEN_PATHS, KeyRing
+from server.compat import in_dialect
 from server.config import ServerConfig
 from server.errors import ApiError, internal
 from server.metrics import Metrics
@@ -76,7 +77,7 @@ class Guard:
             await self._app(scope, receive if body is None else _replay(body, receive), tracking_send)
         except ApiError as error:
             if not status:
-                await error.response()(scope, receive, tracking_send)
+                await in_dialect(error, self._config.api_compat).response()(scope, receive, tracking_send)
         except Exception as error:  # noqa: BLE001  the last boundary: a client gets an answer, the log gets the place
             logs.server.error("request %s failed: %s", context.request_id, logs.failure(error))
             if not status:

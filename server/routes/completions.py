@@ -78,7 +78,8 @@ async def completions(request: Request) -> Response:
             chunks = CompletionChunks(
                 answer_id("cmpl"), int(time.time()), state.model_name, include_usage=body.include_usage
             )
-            return EventStream(_stream(events, chunks, answer, body), state, stack.pop_all().close)
+            on_finish = state.config.api_compat == "deepseek"
+            return EventStream(_stream(events, chunks, answer, body, on_finish), state, stack.pop_all().close)
         whole = await until_disconnect(request, state, _whole(events, state.model_name, answer))
         return Response(whole, media_type="application/json")
 
@@ -132,6 +133,10 @@ class _Answer:
             choice.finish_reason, choice.usage = event.finish_reason, event.usage
         return choice
 
+    @property
+    def is_over(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
+
     def take(self, index: int) -> dict[str, Any]:
         """The news of a choice in the fields of a chunk; the first ones of an echo begin with the prompt."""
         choice, body, prompt = self.choices[index], self._body, index // self._body.n
@@ -182,17 +187,19 @@ class _Answer:
 
 
 async def _stream(
-    events: Merged, chunks: CompletionChunks, answer: _Answer, body: CompletionBody
+    events: Merged, chunks: CompletionChunks, answer: _Answer, body: CompletionBody, usage_on_finish: bool
 ) -> AsyncGenerator[bytes, None]:
+    """`usage_on_finish`: DeepSeek's way, without a chunk of its own."""
     try:
         async with aclosing(events):
             async for index, event in events:
                 choice = answer.add(index, event)
                 first = body.echo and not choice.begun and event.prompt_logprobs is not None
                 if choice.text or choice.finish_reason is not None or first:
-                    usage = answer.usage() if body.continuous_usage else None
+                    told = body.continuous_usage or (usage_on_finish and answer.is_over)
+                    usage = answer.usage() if told else None
                     yield chunks.text(index, **answer.take(index), usage=usage)
-            if body.include_usage:
+            if body.include_usage and not usage_on_finish:
                 yield chunks.usage(answer.usage())
             yield sse.DONE
     except ApiError as error:
