@@ -5,6 +5,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from server.compat import in_dialect
 from server.errors import ApiError, internal
 from server.middleware import Guard
 from server.routes import chat, completions, models, ops, tokens
@@ -25,7 +26,7 @@ def create_app(state: ServerState) -> ASGIApp:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return in_dialect(error, request.app.state.fathom.config.api_compat).response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

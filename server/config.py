@@ -2,6 +2,7 @@
 
 import ipaddress
 from dataclasses import dataclass
+from typing import Literal
 
 VERSION = "0.1.0"
 
@@ -23,6 +24,11 @@ class ServerConfig:
     """TCP port; 0 takes a free one."""
     served_model_name: str | None = None
     """Name that clients send as `model`; the name of the model directory when absent."""
+    effort_table: Literal["auto", "preview", "release"] = "auto"
+    """Texts that tell the model how hard to think; auto: those of the checkpoint."""
+    api_compat: Literal["openai", "deepseek"] = "openai"
+    """deepseek: what api.deepseek.com does, with its forced sampling when thinking, its usage in streams and its error
+    bodies."""
     api_key_file: str | None = None
     """File with one API key in each line; lines that start with # are skipped. FATHOM_API_KEY adds one more."""
     body_limit: int = 32 * 2**20

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from engine.client import EngineClient, EngineDeadError, RequestOutput
-from engine.messages import AddRequest, LogprobRow, RequestError, SamplingParams, pack_ids
+from engine.messages import AddRequest, LogprobRow, PromptLogprobColumns, RequestError, SamplingParams, pack_ids
 from server.text.calls import CallDelta as CallDelta
 from server.text.parser import Delta, OutputParser, StartsIn
 from server.text.stop import StopMatcher
@@ -69,6 +69,8 @@ class GenerationEvent(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     """The stop string or the stop token id that ended the answer; None for the end of sequence token."""
     usage: Usage | None = None
+    prompt_logprobs: PromptLogprobColumns | None = None
+    """Once, beside the first token, when they were asked for."""
     error: RequestError | None = None
     """Set with finish reason "error"."""
     queued_seconds: float = 0.0
@@ -99,6 +101,7 @@ class Generator:
         arrival_time: float = 0.0,
         trace_id: str | None = None,
         tenant: str = "",
+        skip_special: bool = True,
         snapshot_positions: Sequence[int] = (),
     ) -> AsyncGenerator[GenerationEvent, None]:
         """Generate; one event per engine output, the last one with `finish_reason` and `usage`.
@@ -108,8 +111,8 @@ class Generator:
         both from tool calls, whose arguments are known to be JSON when the answer is `constrained`; "raw" makes all of
         it content. `stop` strings end the answer before themselves (behind with `include_stop`); they are looked for in
         content, not in reasoning or calls, and not within the first `min_tokens` tokens. An answer that stopped inside
-        an argument of a call ends with "length". Failures of the request and of the engine come as a last event with
-        `error`; nothing is raised for them.
+        an argument of a call ends with "length". Without `skip_special` BOS and its like are text too. Failures of the
+        request and of the engine come as a last event with `error`; nothing is raised for them.
         """
         answer = Answer(
             OutputParser(
@@ -118,8 +121,10 @@ class Generator:
                 continues=continues,
                 tools=tools,
                 streams_json=constrained,
+                skip_special=skip_special,
             ),
             self._tokenizer,
+            hidden_ids=self._tokenizer.hidden_ids if skip_special else frozenset(),
             num_prompt_tokens=len(prompt_ids),
             sampling=sampling,
             stop=stop,
@@ -167,6 +172,7 @@ class Answer:
         parser: OutputParser,
         tokenizer: Tokenizer,
         *,
+        hidden_ids: frozenset[int],
         num_prompt_tokens: int,
         sampling: SamplingParams,
         stop: Sequence[str],
@@ -175,6 +181,7 @@ class Answer:
     ) -> None:
         self._parser = parser
         self._tokenizer = tokenizer
+        self._hidden_ids = hidden_ids
         self._num_prompt_tokens = num_prompt_tokens
         self._min_tokens = sampling.min_tokens
         self._matcher = StopMatcher(stop) if stop else None
@@ -215,6 +222,7 @@ class Answer:
                 calls=news.calls,
                 token_ids=token_ids,
                 logprobs=self._logprobs.take() if self._logprobs is not None else (),
+                prompt_logprobs=output.prompt_logprobs,
                 queued_seconds=output.queued_seconds,
             )
         return self._end(output, news, token_ids)
@@ -230,7 +238,7 @@ class Answer:
     def _push_one(self, token_id: int, row: LogprobRow | None) -> Delta:
         self._num_tokens += 1
         parser = self._parser
-        hidden = parser.in_calls or token_id in self._tokenizer.hidden_ids or parser.is_marker(token_id)
+        hidden = parser.in_calls or token_id in self._hidden_ids or parser.is_marker(token_id)
         if self._logprobs is not None and row is not None and not hidden:
             self._logprobs.add(token_id, row, reasoning=parser.in_reasoning)
         return self._deliver(parser.push((token_id,)))
@@ -287,6 +295,7 @@ class Answer:
             finish_reason=finish,
             stop_reason=stop_reason,
             usage=self._usage(),
+            prompt_logprobs=output.prompt_logprobs,
             error=error,
             queued_seconds=output.queued_seconds,
         )

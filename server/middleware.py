@@ -16,11 +16,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import limits, logs
 from server.auth import ANONYMOUS, OPEN_PATHS, KeyRing
+from server.compat import in_dialect
 from server.config import ServerConfig
 from server.errors import ApiError, internal
 from server.metrics import Metrics
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_NOT_A_NAME = re.compile(r"[^A-Za-z0-9_.-]")
 _DISCARD_BYTES = 2**20
 _DISCARD_SECONDS = 1.0
 CLIENT_GONE = 499
@@ -37,6 +39,8 @@ class RequestContext:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: str = "-"
+    ignored_fields: list[str] = field(default_factory=list)
+    """Members of the body that nobody defines: a client's own text."""
 
 
 def context_of(scope: Scope) -> RequestContext:
@@ -64,6 +68,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", context.request_id.encode("ascii"))]
+                if context.ignored_fields:
+                    message["headers"].append((b"x-fathom-ignored-fields", _names(context.ignored_fields)))
             await send(message)
 
         try:
@@ -71,7 +77,7 @@ class Guard:
             await self._app(scope, receive if body is None else _replay(body, receive), tracking_send)
         except ApiError as error:
             if not status:
-                await error.response()(scope, receive, tracking_send)
+                await in_dialect(error, self._config.api_compat).response()(scope, receive, tracking_send)
         except Exception as error:  # noqa: BLE001  the last boundary: a client gets an answer, the log gets the place
             logs.server.error("request %s failed: %s", context.request_id, logs.failure(error))
             if not status:
@@ -132,6 +138,14 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
         if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
             return value.decode("ascii")
     return "req-" + token_hex(16)
+
+
+def _names(fields: list[str]) -> bytes:
+    """Names for a header: letters, digits, `_`, `.` and `-`, bounded in number and length."""
+    shown = [_NOT_A_NAME.sub("?", name[: limits.MOST_IGNORED_CHARS]) for name in fields[: limits.MOST_IGNORED_NAMES]]
+    if len(fields) > limits.MOST_IGNORED_NAMES:
+        shown.append("...")
+    return ", ".join(shown).encode("ascii")
 
 
 async def _read_body(headers: list[tuple[bytes, bytes]], receive: Receive, limit: int) -> bytes:

@@ -12,6 +12,7 @@ from server.config import ServerConfig
 from server.errors import ApiError, model_not_found, overloaded
 from server.generation import Generator
 from server.metrics import Metrics
+from server.text.effort import EffortTable, table_of
 from server.text.tokenizer import Tokenizer
 
 ROUTES = (
@@ -30,6 +31,7 @@ class Serving:
     engine: EngineClient
     tokenizer: Tokenizer
     generator: Generator
+    effort_table: EffortTable = "release"
 
     @property
     def info(self) -> EngineInfo:
@@ -63,7 +65,10 @@ class ServerState:
 
     def attach(self, engine: EngineClient, tokenizer: Tokenizer) -> None:
         """Serve with this engine and the tokenizer of its model."""
-        self._serving = Serving(engine, tokenizer, Generator(engine, tokenizer))
+        table = self.config.effort_table
+        if table == "auto":
+            table = table_of(engine.info.model_dir, is_preview=engine.info.is_preview)
+        self._serving = Serving(engine, tokenizer, Generator(engine, tokenizer), table)
         self.admission.drain_seconds = lambda: engine.stats.drain_seconds
         if self.admission.max_queued_tokens is None:
             self.admission.max_queued_tokens = max(_TOKENS_BOUND, _CONTEXTS_BOUND * engine.info.max_model_len)

@@ -15,6 +15,8 @@ class TokenizeBody(ThinkingFields):
 
     model: str | None = None
     prompt: str | None = None
+    parse_special: bool = False
+    """Spellings of special tokens in `prompt` are those tokens."""
     return_token_strs: bool = False
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=limits.MOST_MESSAGES)] | None = None
 

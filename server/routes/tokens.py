@@ -11,10 +11,11 @@ from server.errors import bad_request
 from server.middleware import context_of
 from server.protocol import sse
 from server.protocol.chat import thinking_of
-from server.protocol.common import SamplingFields, check_token_ids
+from server.protocol.common import SamplingFields
 from server.protocol.tokens import DetokenizeBody, TokenizeBody
 from server.routes.call import check_text_length, estimated_tokens, read_body, state_of
 from server.state import Serving
+from server.validation import check_token_ids
 
 router = APIRouter()
 
@@ -31,7 +32,7 @@ async def tokenize(request: Request) -> Response:
         raise bad_request("Give either `prompt` or `messages`.", param="prompt")
     with state.admission.enter(context_of(request.scope).key_id, estimated_tokens(num_bytes)):
         if prompt is not None:
-            ids = await asyncio.to_thread(_encode, serving, prompt)
+            ids = await asyncio.to_thread(_encode, serving, prompt, body.parse_special)
         else:
             thinking, tier = thinking_of(body)
             chat = ChatRequest(
@@ -43,9 +44,9 @@ async def tokenize(request: Request) -> Response:
     return Response(sse.json_bytes(answer), media_type="application/json")
 
 
-def _encode(serving: Serving, prompt: str) -> list[int]:
-    check_text_length(serving, [prompt], special=True, param="prompt")
-    return serving.tokenizer.encode(prompt, special=True)
+def _encode(serving: Serving, prompt: str, special: bool) -> list[int]:
+    check_text_length(serving, [prompt], special=special, param="prompt")
+    return serving.tokenizer.encode(prompt, special=special)
 
 
 @router.post("/detokenize")

@@ -180,6 +180,7 @@ def read_answer() -> Callable[..., ReadAnswer]:
                 skip_special=False,
             ),
             tokenizer,
+            hidden_ids=frozenset(),
             num_prompt_tokens=1,
             sampling=SamplingParams(),
             stop=stops,
