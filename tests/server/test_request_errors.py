@@ -285,7 +285,7 @@ def test_unknown_model_and_routes(serving: Any) -> None:
                 ("POST", "/health", 405),
                 ("GET", "/../etc/passwd", 404),
                 ("GET", "/%00", 404),
-                ("GET", "//v1/models", 404),
+                ("GET", "/v1//models", 404),
             ):
                 check_error(
                     await server.http.request(method, path, headers={"content-type": "application/json"}), status
