@@ -10,7 +10,7 @@ from starlette.types import ASGIApp
 
 from server.errors import ApiError, from_validation, internal
 from server.middleware import Guard
-from server.routes import batches, chat, completions, files, models, ops, tokens
+from server.routes import batches, chat, completions, files, models, ops, render, tokens
 from server.state import ServerState
 
 _PREFLIGHT_SECONDS = 600
@@ -47,7 +47,7 @@ def create_routes(state: ServerState) -> FastAPI:
 
 
 def _routers(state: ServerState) -> list[APIRouter]:
-    modules = (chat, completions, models, files, batches, tokens, ops)
+    modules = (chat, completions, models, files, batches, tokens, render, ops)
     return [module.router for module in modules]
 
 

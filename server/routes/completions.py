@@ -44,7 +44,7 @@ async def completions(request: Request) -> Response:
     share = estimated_tokens(num_bytes) // len(prompts) + 1
     with ExitStack() as stack:
         tickets = [stack.enter_context(state.admission.enter(context.key_id, share)) for _ in prompts]
-        all_ids = await off_loop(num_bytes, lambda: _encode_all(serving, prompts))
+        all_ids = await off_loop(num_bytes, lambda: encode_prompts(serving, prompts))
         jobs = []
         for ids, ticket in zip(all_ids, tickets, strict=True):
             ticket.count(len(ids))
@@ -63,7 +63,7 @@ async def completions(request: Request) -> Response:
         return Response(answer, media_type="application/json")
 
 
-def _encode_all(serving: Serving, prompts: tuple[TextOrIds, ...]) -> list[np.ndarray]:
+def encode_prompts(serving: Serving, prompts: tuple[TextOrIds, ...]) -> list[np.ndarray]:
     """int32 ids of each prompt. Raises ApiError 400 for an empty prompt or an id that the model does not have."""
     encoded = []
     for n, prompt in enumerate(prompts):
