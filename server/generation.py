@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from engine.client import EngineClient, EngineDeadError, RequestOutput
-from engine.messages import AddRequest, LogprobRow, RequestError, SamplingParams, pack_ids
+from engine.messages import AddRequest, LogprobRow, PromptLogprobColumns, RequestError, SamplingParams, pack_ids
 from server.text.parser import OutputParser
 from server.text.stop import StopMatcher
 from server.text.tokenizer import Tokenizer
@@ -78,6 +78,8 @@ class GenerationEvent(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     """The stop string or the stop token id that ended the answer; None for the end of sequence token."""
     usage: Usage | None = None
+    prompt_logprobs: PromptLogprobColumns | None = None
+    """Once, beside the first token, when they were asked for."""
     error: RequestError | None = None
     """Set with finish reason "error"."""
     queued_seconds: float = 0.0
@@ -106,6 +108,7 @@ class Generator:
         arrival_time: float = 0.0,
         trace_id: str | None = None,
         tenant: str = "",
+        skip_special: bool = True,
         snapshot_positions: Sequence[int] = (),
     ) -> AsyncGenerator[GenerationEvent, None]:
         """Generate; one event per engine output, the last one with `finish_reason` and `usage`.
@@ -113,12 +116,19 @@ class Generator:
         The request is submitted when the first event is asked for. Closing the iterator early aborts it.
         parse "chat" splits reasoning from content (`starts_in` and `continues` come from the Prompt); "raw" makes all
         of it content. `stop` strings end the answer before themselves (behind with `include_stop`); they are looked
-        for in content, not in reasoning, and not within the first `min_tokens` tokens. Failures of the request and of
-        the engine come as a last event with `error`; nothing is raised for them.
+        for in content, not in reasoning, and not within the first `min_tokens` tokens. Without `skip_special` BOS and
+        its like are text too. Failures of the request and of the engine come as a last event with `error`; nothing is
+        raised for them.
         """
         answer = _Answer(
-            OutputParser(self._tokenizer, starts_in=starts_in if parse == "chat" else "raw", continues=continues),
+            OutputParser(
+                self._tokenizer,
+                starts_in=starts_in if parse == "chat" else "raw",
+                continues=continues,
+                skip_special=skip_special,
+            ),
             self._tokenizer,
+            hidden_ids=self._tokenizer.hidden_ids if skip_special else frozenset(),
             num_prompt_tokens=len(prompt_ids),
             sampling=sampling,
             stop=stop,
@@ -166,6 +176,7 @@ class _Answer:
         parser: OutputParser,
         tokenizer: Tokenizer,
         *,
+        hidden_ids: frozenset[int],
         num_prompt_tokens: int,
         sampling: SamplingParams,
         stop: Sequence[str],
@@ -174,6 +185,7 @@ class _Answer:
     ) -> None:
         self._parser = parser
         self._tokenizer = tokenizer
+        self._hidden_ids = hidden_ids
         self._num_prompt_tokens = num_prompt_tokens
         self._min_tokens = sampling.min_tokens
         self._matcher = StopMatcher(stop) if stop else None
@@ -212,6 +224,7 @@ class _Answer:
                 content=content,
                 token_ids=token_ids,
                 logprobs=self._logprobs.take() if self._logprobs is not None else (),
+                prompt_logprobs=output.prompt_logprobs,
                 queued_seconds=output.queued_seconds,
             )
         return self._end(output, reasoning, content, token_ids)
@@ -226,7 +239,7 @@ class _Answer:
 
     def _push_one(self, token_id: int, row: LogprobRow | None) -> tuple[str, str]:
         self._num_tokens += 1
-        hidden = token_id in self._tokenizer.hidden_ids or self._parser.is_marker(token_id)
+        hidden = token_id in self._hidden_ids or self._parser.is_marker(token_id)
         if self._logprobs is not None and row is not None and not hidden:
             self._logprobs.add(token_id, row, reasoning=self._parser.in_reasoning)
         reasoning, content = self._parser.push((token_id,))
@@ -271,6 +284,7 @@ class _Answer:
             finish_reason=finish,
             stop_reason=stop_reason,
             usage=self._usage(),
+            prompt_logprobs=output.prompt_logprobs,
             error=error,
             queued_seconds=output.queued_seconds,
         )

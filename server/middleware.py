@@ -22,6 +22,7 @@ from server.errors import ApiError, internal
 from server.metrics import Metrics
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_NOT_A_NAME = re.compile(r"[^A-Za-z0-9_.-]")
 _DISCARD_BYTES = 2**20
 _DISCARD_SECONDS = 1.0
 CLIENT_GONE = 499
@@ -40,6 +41,8 @@ class RequestContext:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: str = "-"
+    ignored_fields: list[str] = field(default_factory=list)
+    """Members of the body that nobody defines: a client's own text."""
 
 
 def context_of(scope: Scope) -> RequestContext:
@@ -78,6 +81,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", context.request_id.encode("ascii"))]
+                if context.ignored_fields:
+                    message["headers"].append((b"x-fathom-ignored-fields", _names(context.ignored_fields)))
             elif is_head:
                 message = {**message, "body": b""}
             await send(message)
@@ -149,6 +154,14 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
         if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
             return value.decode("ascii")
     return "req-" + token_hex(16)
+
+
+def _names(fields: list[str]) -> bytes:
+    """Names for a header: letters, digits, `_`, `.` and `-`, bounded in number and length."""
+    shown = [_NOT_A_NAME.sub("?", name[: limits.MOST_IGNORED_CHARS]) for name in fields[: limits.MOST_IGNORED_NAMES]]
+    if len(fields) > limits.MOST_IGNORED_NAMES:
+        shown.append("...")
+    return ", ".join(shown).encode("ascii")
 
 
 async def _read_body(headers: list[tuple[bytes, bytes]], receive: Receive, limit: int) -> bytes:

@@ -45,6 +45,8 @@ class TokenizeBody(ThinkingFields):
 
     model: str | None = None
     prompt: Annotated[Any, BeforeValidator(_texts, json_schema_input_type=str | list[str])] = None
+    parse_special: bool = False
+    """Spellings of special tokens in `prompt` are those tokens."""
     return_token_strs: bool = False
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=limits.MOST_MESSAGES)] | None = None
     tools: list[dict[str, Any]] = Field(default_factory=list, max_length=MOST_TOOLS)

@@ -61,11 +61,12 @@ async def run(
         continues=job.continues,
         stop=body.stop,
         include_stop=body.include_stop_str_in_output,
-        cache_salt=state.keys.cache_salt(context.key_id, body.cache_salt),
+        cache_salt=state.keys.cache_salt(context.key_id, body.salt),
         priority=body.priority + lane.priority,
         deadline=context.arrival + state.config.queue_timeout if lane.queue_timeout else None,
         arrival_time=context.arrival,
         tenant=context.key_id,
+        skip_special=body.skip_special_tokens,
         snapshot_positions=(job.turn_start,) if job.turn_start else (),
     )
     try:
@@ -130,6 +131,18 @@ def total_usage(usages: Sequence[Usage]) -> Usage:
     )
 
 
+def usage_of_choices(usages: Sequence[Usage]) -> Usage:
+    """Of several answers to one prompt, which counts once."""
+    first = usages[0]
+    return Usage(
+        prompt_tokens=first.prompt_tokens,
+        completion_tokens=sum(u.completion_tokens for u in usages),
+        reasoning_tokens=sum(u.reasoning_tokens for u in usages),
+        cached_tokens=first.cached_tokens,
+        miss_reason=first.miss_reason,
+    )
+
+
 def _engine_error(error: RequestError, admission: Admission) -> ApiError:
     match error.code:
         case "deadline_exceeded":
@@ -137,5 +150,7 @@ def _engine_error(error: RequestError, admission: Admission) -> ApiError:
             return overloaded(error.message, retry_after, code="deadline_exceeded")
         case "too_large":
             return bad_request(error.message, code="context_length_exceeded")
+        case "no_token_left":
+            return bad_request(error.message)
         case "internal":
             return ApiError(500, error.message, type="server_error", code="internal")

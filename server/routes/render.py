@@ -12,13 +12,13 @@ from starlette.responses import Response
 
 from server import limits
 from server.chat_run import render_request
+from server.completion_prompt import encode_prompts
 from server.errors import bad_request
 from server.middleware import context_of
 from server.protocol import sse
 from server.protocol.chat import ChatBody
 from server.protocol.completions import CompletionBody
 from server.routes.call import estimated_tokens, off_loop, read_body, state_of
-from server.routes.completions import encode_prompts
 from server.state import Serving
 
 router = APIRouter()
@@ -60,7 +60,7 @@ async def render_completion(request: Request) -> Response:
     state_of(request).check_model(body.model)
 
     def work(serving: Serving) -> list[Rendered]:
-        return [(serving.tokenizer.decode(ids), ids) for ids in encode_prompts(serving, body.prompt)]
+        return [(serving.tokenizer.decode(ids), ids) for ids in encode_prompts(serving, body)]
 
     return await _answer(request, num_bytes, work)
 

@@ -13,11 +13,12 @@ from server.errors import bad_request
 from server.middleware import context_of
 from server.protocol import sse
 from server.protocol.chat import thinking_of
-from server.protocol.common import SamplingFields, check_token_ids
+from server.protocol.common import SamplingFields
 from server.protocol.tokens import DetokenizeBody, TokenizeBody
 from server.protocol.tools import read_tool_choice, read_tools
 from server.routes.call import check_text_length, estimated_tokens, read_body, state_of
 from server.state import Serving
+from server.validation import check_token_ids
 
 router = APIRouter()
 
@@ -49,9 +50,9 @@ async def tokenize(request: Request) -> Response:
             )
             tokens = (await asyncio.to_thread(render_request, serving, chat)).token_ids.tolist()
         elif isinstance(prompt, str):
-            (tokens,) = await asyncio.to_thread(_encode, serving, [prompt])
+            (tokens,) = await asyncio.to_thread(_encode, serving, [prompt], body.parse_special)
         else:
-            tokens = await asyncio.to_thread(_encode, serving, prompt)
+            tokens = await asyncio.to_thread(_encode, serving, prompt, body.parse_special)
     lists: Sequence[Any] = [tokens] if messages is not None or isinstance(prompt, str) else tokens
     answer: dict[str, Any] = {
         "count": sum(map(len, lists)),
@@ -65,9 +66,9 @@ async def tokenize(request: Request) -> Response:
     return Response(sse.json_bytes(answer), media_type="application/json")
 
 
-def _encode(serving: Serving, prompts: list[str]) -> list[list[int]]:
-    check_text_length(serving, prompts, special=True, param="prompt")
-    return [serving.tokenizer.encode(prompt, special=True) for prompt in prompts]
+def _encode(serving: Serving, prompts: list[str], special: bool) -> list[list[int]]:
+    check_text_length(serving, prompts, special=special, param="prompt")
+    return [serving.tokenizer.encode(prompt, special=special) for prompt in prompts]
 
 
 @router.post("/detokenize")
