@@ -49,7 +49,10 @@ async def run(
     Raises:
         ApiError: the engine gave the request up.
     """
-    meter = RequestMeter(state.metrics, len(job.prompt_ids), job.sampling.max_tokens, context.arrival)
+    lane = state.lane
+    meter = RequestMeter(
+        state.metrics, len(job.prompt_ids), job.sampling.max_tokens, context.arrival, measured=lane.measured
+    )
     context.prompt_tokens += len(job.prompt_ids)
     reason = "abort"
     events = serving.generator.start(
@@ -62,8 +65,8 @@ async def run(
         stop=body.stop,
         include_stop=body.include_stop_str_in_output,
         cache_salt=state.keys.cache_salt(context.key_id, body.salt),
-        priority=body.priority,
-        deadline=context.arrival + state.config.queue_timeout,
+        priority=body.priority + lane.priority,
+        deadline=context.arrival + state.config.queue_timeout if lane.queue_timeout else None,
         arrival_time=context.arrival,
         tenant=context.key_id,
         skip_special=body.skip_special_tokens,
