@@ -249,17 +249,22 @@ class FormatFields(Body):
             raise unsupported(self.asked_format)
 
 
-def usage_counts(usage: Usage) -> dict[str, Any]:
-    """OpenAI's and DeepSeek's counts; for whoever wonders, why the prefix cache had no more."""
+def usage_counts(usage: Usage, *, thinking: bool = False) -> dict[str, Any]:
+    """OpenAI's and DeepSeek's counts; for whoever wonders, why the prefix cache had no more.
+
+    `completion_tokens_details` are there when the model thinks.
+    """
     details: dict[str, Any] = {"cached_tokens": usage.cached_tokens}
     if usage.miss_reason is not None:
         details["cache_miss_reason"] = usage.miss_reason
-    return {
+    counts: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": details,
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "prompt_cache_hit_tokens": usage.cached_tokens,
         "prompt_cache_miss_tokens": usage.prompt_tokens - usage.cached_tokens,
     }
+    if thinking:
+        counts["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    return counts
