@@ -7,7 +7,7 @@ from starlette.types import ASGIApp
 
 from server.errors import ApiError, internal
 from server.middleware import Guard
-from server.routes import chat, completions, models, ops, tokens
+from server.routes import chat, completions, messages, models, ops, responses, tokens
 from server.state import ServerState
 
 
@@ -15,7 +15,7 @@ def create_app(state: ServerState) -> ASGIApp:
     """The whole HTTP side of one server."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.fathom = state
-    for module in (chat, completions, models, tokens, ops):
+    for module in (chat, completions, responses, messages, models, tokens, ops):
         app.include_router(module.router)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -25,7 +25,7 @@ def create_app(state: ServerState) -> ASGIApp:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -38,9 +38,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     else:
         found = ApiError(error.status_code, "The request was refused.", code="refused")
     found.headers.update(error.headers or {})
-    return found.response()
+    return found.response(request.url.path)
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
     # The guard logs where it happened: Starlette raises the error again after this answer.
-    return internal().response()
+    return internal().response(request.url.path)

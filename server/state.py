@@ -12,10 +12,13 @@ from server.config import ServerConfig
 from server.errors import ApiError, model_not_found, overloaded
 from server.generation import Generator
 from server.metrics import Metrics
+from server.protocol.responses_store import ResponseStore
 from server.text.tokenizer import Tokenizer
 
 ROUTES = (
     *("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize"),
+    *("/v1/responses", "/responses", "/v1/messages", "/v1/messages/count_tokens"),
+    *("/anthropic/v1/messages", "/anthropic/v1/messages/count_tokens"),
     *("/health", "/health/live", "/health/ready", "/metrics", "/version"),
 )
 LOADING_RETRY_SECONDS = 5
@@ -54,6 +57,7 @@ class ServerState:
             max_queued_tokens=config.max_queued_tokens,
             max_requests_per_key=config.max_requests_per_key,
         )
+        self.responses = ResponseStore(max_bytes=config.response_store_bytes, ttl=config.response_ttl)
         self.metrics = Metrics(
             model_name, lambda: self._serving.engine if self._serving else None, self.admission, ROUTES
         )
