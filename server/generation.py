@@ -96,7 +96,7 @@ class Generator:
         sampling: SamplingParams,
         *,
         parse: ParseMode = "chat",
-        starts_in: Literal["reasoning", "content"] = "content",
+        starts_in: Literal["reasoning", "content", "calls"] = "content",
         continues: bool = False,
         stop: Sequence[str] = (),
         include_stop: bool = False,

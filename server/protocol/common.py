@@ -46,7 +46,8 @@ class Body(BaseModel):
 _REFUSALS = {
     "n": "Invalid n value (currently only n = 1 is supported)",
     "best_of": "Invalid best_of value (currently only best_of = 1 is supported)",
-    "tools": "`tools` is not supported by this version of the server.",
+    "functions": "`functions` is not supported; use `tools`.",
+    "function_call": "`function_call` is not supported; use `tool_choice`.",
     "response_format": "`response_format` other than text is not supported by this version of the server.",
 }
 

@@ -84,9 +84,18 @@ def check_text_length(serving: Serving, texts: Iterable[str], *, special: bool, 
 
 
 def completion_budget(
-    serving: Serving, prompt_tokens: int, requested: int | None, default: int, *, param: str, limit_param: str
+    serving: Serving,
+    prompt_tokens: int,
+    requested: int | None,
+    default: int,
+    *,
+    param: str,
+    limit_param: str,
+    lowers: bool = False,
 ) -> int:
     """max_tokens of a request: what it asks for, or `default` clipped to the room that the prompt leaves (at least 1).
+
+    `lowers`: an explicit number is clipped as well.
 
     Raises:
         ApiError: 400 context_length_exceeded; `param` is blamed for the prompt, `limit_param` for an explicit number.
@@ -97,6 +106,8 @@ def completion_budget(
         raise context_exceeded(limit, prompt_tokens, requested or 1, param=param)
     if requested is None:
         return min(default, room)
+    if requested > room and lowers:
+        return room
     if requested > room:
         raise context_exceeded(limit, prompt_tokens, requested, param=limit_param)
     return requested

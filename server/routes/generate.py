@@ -28,7 +28,7 @@ class Job:
     sampling: SamplingParams
     ticket: Ticket
     parse: ParseMode
-    starts_in: Literal["reasoning", "content"] = "content"
+    starts_in: Literal["reasoning", "content", "calls"] = "content"
     continues: bool = False
     turn_start: int = 0
     """Where another prompt of the same conversation is likely to part from this one; 0: unknown."""

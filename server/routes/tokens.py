@@ -5,13 +5,15 @@ import asyncio
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.chat_request import ChatRequest
+from server.chat_run import render_request
 from server.errors import bad_request
 from server.middleware import context_of
 from server.protocol import sse
-from server.protocol.common import check_token_ids
+from server.protocol.chat import thinking_of
+from server.protocol.common import SamplingFields, check_token_ids
 from server.protocol.tokens import DetokenizeBody, TokenizeBody
 from server.routes.call import check_text_length, estimated_tokens, read_body, state_of
-from server.routes.chat import render
 from server.state import Serving
 
 router = APIRouter()
@@ -31,8 +33,11 @@ async def tokenize(request: Request) -> Response:
         if prompt is not None:
             ids = await asyncio.to_thread(_encode, serving, prompt)
         else:
-            rendered, _ = await asyncio.to_thread(render, serving, body, messages or [])
-            ids = rendered.token_ids.tolist()
+            thinking, tier = thinking_of(body)
+            chat = ChatRequest(
+                messages=messages or [], thinking=thinking, tier=tier, fields=SamplingFields(model=state.model_name)
+            )
+            ids = (await asyncio.to_thread(render_request, serving, chat)).token_ids.tolist()
     texts = [serving.tokenizer.decode([n]) for n in ids] if body.return_token_strs else None
     answer = {"count": len(ids), "max_model_len": serving.info.max_model_len, "tokens": ids, "token_strs": texts}
     return Response(sse.json_bytes(answer), media_type="application/json")

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 from server.text.detokenizer import Detokenizer
 from server.text.tokenizer import Tokenizer
 
-StartsIn = Literal["reasoning", "content", "raw"]
+StartsIn = Literal["reasoning", "content", "calls", "raw"]
 
 
 class Delta(NamedTuple):
@@ -73,6 +73,7 @@ _STARTS = {
     ("reasoning", True): State.REASONING,
     ("content", False): State.CONTENT_START,
     ("content", True): State.CONTENT,
+    ("calls", False): State.CONTENT,
     ("raw", False): State.RAW,
     ("raw", True): State.RAW,
 }

@@ -14,6 +14,11 @@ NOT_A_NUMBER = ["1", [], {}, True]
 NOT_AN_INTEGER = ["1", [], {}, True, 1.5, 1.0]
 NOT_A_BOOLEAN = ["true", 1, 0, [], {}]
 
+BAD_FUNCTIONS = [
+    *({"name": name} for name in (1, "", "a b", "é", "x" * 129, None)),
+    *({"name": "f", "description": 1}, {"name": "f", "parameters": []}, {"name": "f", "strict": "yes"}),
+]
+
 COMMON: dict[str, list[Any]] = {
     "model": [1, "", [], {}, True],
     "stream": NOT_A_BOOLEAN,
@@ -58,8 +63,20 @@ CHAT = COMMON | {
     "chat_template_kwargs": [1, "x", [], True, {"thinking": 1}, {"enable_thinking": "no"}, {"reasoning_effort": 3}],
     "logprobs": [*NOT_A_BOOLEAN, 5],
     "top_logprobs": [*NOT_AN_INTEGER, -1, 21, 5],
-    "tools": [[{"type": "function", "function": {"name": "f"}}], {}, "x"],
-    "tool_choice": ["required", {"type": "function"}],
+    "tools": [
+        *({}, "x", [1], [{}], [{"type": "web_search"}], [{"type": "function"}], [{"type": "function", "function": {}}]),
+        *([{"type": "function", "function": function}] for function in BAD_FUNCTIONS),
+        [{"type": "function", "function": {"name": "f"}}] * 2,
+        [{"type": "function", "function": {"name": f"f{n}"}} for n in range(129)],
+    ],
+    "tool_choice": [
+        *("required", "x", 1, [], {}, {"type": "function"}, {"type": "function", "function": {"name": "f"}}),
+        *({"type": "custom", "custom": {"name": "f"}}, {"type": "allowed_tools"}),
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "none", "tools": [{"type": "function"}]}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function"}]}},
+    ],
+    "parallel_tool_calls": NOT_A_BOOLEAN,
     "functions": [[{"name": "f"}]],
     "audio": [{"voice": "a"}],
     "modalities": [["text", "audio"]],
