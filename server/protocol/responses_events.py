@@ -79,11 +79,11 @@ class ResponseBuilder:
 
     @property
     def has_started(self) -> bool:
-        return self._response["status"] != "queued"
+        return bool(self._response["status"] != "queued")
 
     @property
     def is_over(self) -> bool:
-        return self._response["status"] not in ("queued", "in_progress")
+        return bool(self._response["status"] not in ("queued", "in_progress"))
 
     def response(self) -> dict[str, Any]:
         """The response as it is now."""

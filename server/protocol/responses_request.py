@@ -49,22 +49,24 @@ class ResponsesBody(SamplingFields, ThinkingFields):
     }
     IGNORED = ACCEPTED_WITHOUT_EFFECT | {"access_programs"}
 
-    input: str | Annotated[list[dict[str, Any]], Field(max_length=limits.MOST_MESSAGES)] = []
+    input: str | Annotated[list[dict[str, Any]], Field(max_length=limits.MOST_MESSAGES)] = Field(default_factory=list)
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=LARGEST_INT32)] | None = None
     max_tool_calls: Annotated[int, Field(ge=1, le=LARGEST_INT32)] | None = None
     """Bounds the tools that a server runs. This one runs none, so it always holds."""
-    tools: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] = Field(default_factory=list)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
-    text: dict[str, Any] = {}
-    reasoning: dict[str, Any] = {}
-    include: Annotated[list[str], Field(max_length=32)] = []
+    text: dict[str, Any] = Field(default_factory=dict)
+    reasoning: dict[str, Any] = Field(default_factory=dict)
+    include: Annotated[list[str], Field(max_length=32)] = Field(default_factory=list)
     top_logprobs: Annotated[int, Field(ge=0, le=limits.MOST_LOGPROBS)] = 0
     previous_response_id: ShortText | None = None
     store: bool = True
     background: bool = False
-    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], ShortText], Field(max_length=16)] = {}
+    metadata: Annotated[dict[Annotated[str, Field(max_length=64)], ShortText], Field(max_length=16)] = Field(
+        default_factory=dict
+    )
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

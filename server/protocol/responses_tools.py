@@ -22,7 +22,7 @@ DROPPED = frozenset(
         "image_generation",
     }
 )
-"""Tools that a server would run: agents send them always and do without. The answer's `tools` shows that they are off."""
+"""Tools that a server would run: agents always send them and do without. The answer's `tools` shows that they are off."""
 
 _LOCAL_SHELL = Tool(
     name="local_shell",
@@ -230,8 +230,7 @@ def _chosen(choice: Mapping[str, Any], box: Toolbox, param: str) -> set[str]:
         names = {
             flat
             for flat, called in box.by_name.items()
-            if called.kind == kind
-            and (flat == name or (called.name == name and (called.namespace or "") == namespace))
+            if called.kind == kind and (flat == name or (called.name == name and (called.namespace or "") == namespace))
         }
     if not names:
         raise bad_request(f"{param}: there is no {kind} tool named `{echo(name)}` in tools.", param=f"{param}.name")

@@ -21,7 +21,6 @@ from server.protocol.responses_request import PARAMS, ResponsesBody, ResponsesCh
 from server.protocol.responses_store import EventLog, Stored
 from server.routes.background import run_in_background
 from server.routes.call import off_loop, read_body, renamed_params, state_of
-
 from server.routes.stream import EventStream, until_disconnect
 from server.state import ServerState
 
