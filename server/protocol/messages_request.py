@@ -121,7 +121,7 @@ def _thinking_budget(thinking: dict[str, Any] | None) -> int | None:
 def _tools(tools: Sequence[Any]) -> tuple[Tool, ...]:
     if len(tools) > MOST_TOOLS:
         raise bad_request(f"tools: at most {MOST_TOOLS} tools, found {len(tools)}.", param="tools")
-    found: dict[str, Tool] = Field(default_factory=dict)
+    found: dict[str, Tool] = {}
     for n, value in enumerate(tools):
         param = f"tools[{n}]"
         tool = as_object(value, param)

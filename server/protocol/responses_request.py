@@ -31,6 +31,7 @@ _SUMMARIES = ("auto", "concise", "detailed")
 PARAMS = {"response_format": "text.format", "messages": "input", "reasoning_effort": "reasoning.effort"}
 """Fields of a chat request to the fields of this API."""
 
+ShortKey = Annotated[str, Field(max_length=64)]
 ShortText = Annotated[str, Field(max_length=512)]
 
 

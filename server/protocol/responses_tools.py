@@ -22,7 +22,7 @@ DROPPED = frozenset(
         "image_generation",
     }
 )
-"""Tools that a server would run: agents always send them and do without. The answer's `tools` shows that they are off."""
+"""Tools that a server would run. Agents send them always and do without; the answer's `tools` lacks them."""
 
 _LOCAL_SHELL = Tool(
     name="local_shell",
