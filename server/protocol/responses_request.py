@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from server import limits
 from server.chat_request import ChatRequest, OutputFormat
@@ -35,6 +35,15 @@ ShortKey = Annotated[str, Field(max_length=64)]
 ShortText = Annotated[str, Field(max_length=512)]
 
 
+def _input(value: object) -> object:
+    """One error for both types: a union would report two."""
+    if not isinstance(value, (str, list)):
+        raise ValueError("must be a string or a list of items")
+    if isinstance(value, list) and len(value) > limits.MOST_MESSAGES:
+        raise ValueError(f"must have at most {limits.MOST_MESSAGES} items")
+    return value
+
+
 class ResponsesBody(SamplingFields, ThinkingFields):
     REFUSED = REFUSED_EVERYWHERE | {
         "prompt": (),
@@ -50,7 +59,7 @@ class ResponsesBody(SamplingFields, ThinkingFields):
     }
     IGNORED = ACCEPTED_WITHOUT_EFFECT | {"access_programs"}
 
-    input: str | Annotated[list[dict[str, Any]], Field(max_length=limits.MOST_MESSAGES)] = Field(default_factory=list)
+    input: Annotated[str | list[Any], BeforeValidator(_input)] = Field(default_factory=list)
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=LARGEST_INT32)] | None = None
     max_tool_calls: Annotated[int, Field(ge=1, le=LARGEST_INT32)] | None = None
@@ -92,7 +101,7 @@ class ResponsesBody(SamplingFields, ThinkingFields):
                 raise not_supported(self.reasoning[name], f"reasoning.{name}")
 
     @property
-    def own_items(self) -> list[dict[str, Any]]:
+    def own_items(self) -> list[Any]:
         """`input` as items."""
         return [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
 
