@@ -18,12 +18,10 @@ _UNSEEN = {"image": "[Unsupported Image]", "document": "[Unsupported Document]"}
 """What stands in a tool's result for what the model cannot see: a refusal would end an agent's whole conversation."""
 
 
-def system_text(system: Any) -> str | None:
+def system_text(system: str | list[Any] | None) -> str | None:
     """The system prompt. Raises ApiError 400 with `param`."""
     if system is None or isinstance(system, str):
         return system
-    if not isinstance(system, list):
-        raise bad_request("system must be a string or a list of text blocks.", param="system")
     texts = [_text_of(block, f"system[{n}]") for n, block in enumerate(system)]
     return "\n\n".join(text for text in texts if not text.startswith(_BILLING))
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from server import limits
 from server.chat_request import ChatRequest, OutputFormat, Tool, ToolChoice
@@ -25,6 +25,13 @@ PARAMS = {
 Stop = Annotated[str, Field(min_length=1, max_length=limits.MOST_STOP_CHARS)]
 
 
+def _system(value: object) -> object:
+    """One error for both types: a union would report two."""
+    if not isinstance(value, (str, list)):
+        raise ValueError("must be a string or a list of text blocks")
+    return value
+
+
 class CountBody(SamplingFields):
     """What counts for the prompt."""
 
@@ -42,7 +49,7 @@ class CountBody(SamplingFields):
     }
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=limits.MOST_MESSAGES)]
-    system: str | list[dict[str, Any]] | None = None
+    system: Annotated[str | list[Any] | None, BeforeValidator(_system)] = None
     tools: list[dict[str, Any]] = Field(default_factory=list)
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None

@@ -145,7 +145,7 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
         ids = [f"c{turn}_{n}" for n in range(draw(st.integers(0, 2)))]
         if not ids or draw(st.booleans()):
             items.append(assistant(draw(_TEXT.filter(bool))))
-        values = st.one_of(_TEXT, st.integers(), st.booleans(), st.lists(st.integers(), max_size=2))
+        values = st.one_of(_TEXT, st.integers(-9, 9), st.booleans(), st.lists(st.integers(), max_size=2))
         items += [call(i, json.dumps(draw(st.dictionaries(_TEXT.filter(bool), values, max_size=2)))) for i in ids]
         items += [output(i, draw(_TEXT)) for i in draw(st.permutations(ids))]
         if not ids or draw(st.booleans()):
