@@ -40,7 +40,7 @@ class GroupedTopK:
         num_groups = count // GROUP
         if num_groups < 2:
             return None
-        grouped = scores_TN[:, : num_groups * GROUP].unflatten(1, (num_groups, GROUP))
+        grouped = scores_TN[:, : num_groups * GROUP].view(rows, num_groups, GROUP)
         maxima_TG = grouped.amax(2)
         # Who stands beside a NaN has to be looked at.
         most_TG = _numbers(maxima_TG, nan=float("inf"))
