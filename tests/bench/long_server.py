@@ -61,7 +61,7 @@ def long_server(home: Path, *flags: str, num_threads: int | None = None) -> Iter
     """A server process with the small model; it goes before other work on these cores where that is allowed."""
     model_dir = home / "nano-long"
     if not model_dir.exists():
-        make_checkpoint(long_model(), 0, "fp4", model_dir)
+        make_checkpoint(long_model(), 0, "f32", model_dir)
     go_first()
     threads = num_threads or os.cpu_count() or 1
     with launch(home, str(model_dir), "--num-threads", str(threads), *flags) as live:
