@@ -1,14 +1,13 @@
 """A small random model behind an executor, and requests driven by plans made by hand."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from runner.long_run import LongRun, decoded, in_one_piece
 
 from engine.config import EngineConfig, MachineFacts, ResolvedConfig, resolve
 from engine.messages import SamplingParams
@@ -21,10 +20,6 @@ from model.presets import preset
 from model.quant import WeightFormat
 from model.tools.make_checkpoint import make_checkpoint
 from model.transformer import Transformer
-
-_PARENT = str(Path(__file__).resolve().parents[1])
-if _PARENT not in sys.path:
-    sys.path.append(_PARENT)  # The helpers beside these tests are the package `runner`.
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10_000)
 
@@ -241,3 +236,13 @@ def nano_lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
             for flag in (True, False)
         }
     )
+
+
+@pytest.fixture(scope="session")
+def nano_fast_run(nano_lab: Lab) -> LongRun:
+    return decoded(nano_lab)
+
+
+@pytest.fixture(scope="session")
+def nano_run(nano_lab: Lab, nano_fast_run: LongRun) -> LongRun:
+    return in_one_piece(nano_lab, nano_fast_run.tokens)

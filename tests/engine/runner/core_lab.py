@@ -11,6 +11,7 @@ from engine.messages import AddRequest, FinishReason, LogprobRow, SamplingParams
 from engine.outputs import split
 from engine.plan import StepPlan, StepResult
 from engine.runner.executor import ModelExecutor
+from model.kv_layout import PAGE_TOKENS
 
 TOP = 5
 MOST_STEPS = 4000
@@ -118,6 +119,25 @@ class Engine:
         found = self.submit(f"r{len(self.answers)}", prompt, answer, anchors)
         self.run()
         return found
+
+    def take_all_pages(self) -> None:
+        """Somebody else has all pages of the device for a moment: what is cached goes to host memory."""
+        kv, num_tokens = self.core.scheduler.kv, self.executor.config.num_pages * PAGE_TOKENS
+        admitted = kv.admit("stranger", num_tokens)
+        assert isinstance(admitted, tuple), "somebody holds pages on the device"
+        kv.extend(admitted[0], num_tokens)
+        kv.release(admitted[0])
+
+    def preempt_all(self) -> None:
+        """Send everybody who runs back to the queue; no step is under way."""
+        scheduler, config = self.core.scheduler, self.executor.config
+        if scheduler.num_running:
+            scheduler._preempt(config.num_pages * config.max_num_seqs, 0.0)
+        assert not scheduler.num_running
+
+    def orders(self, kind: str) -> list[Any]:
+        """All moves of a kind that were planned, by the name of the plan's field."""
+        return [move for plan in self.executor.plans for move in getattr(plan, kind)]
 
     @property
     def stats(self) -> Any:

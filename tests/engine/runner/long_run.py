@@ -22,6 +22,9 @@ SPARE = 4
 """Tokens decoded beyond."""
 LANES = 16
 """Requests in one step: in deterministic mode so many cost what one costs."""
+LAST = FIRST + COUNT
+EVERY = set(range(FIRST, LAST))
+STARTS = range(FIRST, LAST, COUNT // LANES)
 WHOLE = 10**6
 """Log probabilities of all tokens: the logits but for a constant."""
 
@@ -35,11 +38,11 @@ class LongRun:
     def check(self, answer: Answer, num_prompt: int, *, tolerance: float = 0.0) -> None:
         """Compare an answer to `tokens[:num_prompt]`. `tolerance` is relative to the largest logit; 0: to the bit."""
         assert answer.tokens and answer.finish == "length"
-        assert answer.tokens == self.tokens[num_prompt : num_prompt + len(answer.tokens)]
         for position, found in enumerate(answer.logprobs, start=num_prompt):
             expected = self.rows[position]
             furthest = float((dense(found) - expected).abs().max())
             assert furthest <= tolerance * float(expected.abs().max()), f"logits before {position} differ by {furthest}"
+        assert answer.tokens == self.tokens[num_prompt : num_prompt + len(answer.tokens)]
 
 
 def dense(row: LogprobRow) -> Tensor:
