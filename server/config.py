@@ -54,6 +54,10 @@ class ServerConfig:
     """Bytes of sampled turns that are remembered, so that a conversation goes on with the tokens it had; 0: none."""
     queue_timeout: float = 600.0
     """Seconds after which a request that has not started gets 503."""
+    response_store_bytes: int = 256 * 2**20
+    """Memory for answers of /v1/responses that clients may ask for again; the oldest go first. 0: keep none."""
+    response_ttl: float = 86400.0
+    """Seconds that such an answer is kept."""
     drain_timeout: float = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
     progress_timeout: float = 30.0
@@ -75,10 +79,11 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ServerConfigError(f"--{name.replace('_', '-')} must be at least 1, found {value}")
-        if self.replay_bytes < 0:
-            raise ServerConfigError(f"--replay-bytes must not be negative, found {self.replay_bytes}")
+        for name in ("replay_bytes", "response_store_bytes"):
+            if getattr(self, name) < 0:
+                raise ServerConfigError(f"--{name.replace('_', '-')} must not be negative, found {getattr(self, name)}")
         timeouts = ("body_timeout", "header_timeout", "write_timeout", "keep_alive_interval", "queue_timeout")
-        for name in (*timeouts, "progress_timeout"):
+        for name in (*timeouts, "progress_timeout", "response_ttl"):
             if not getattr(self, name) > 0:
                 raise ServerConfigError(f"--{name.replace('_', '-')} must be positive, found {getattr(self, name)}")
         if not self.drain_timeout >= 0:
