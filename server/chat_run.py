@@ -94,6 +94,7 @@ async def start_chat(
                 parse="chat",
                 starts_in=prompt.starts_in,
                 continues=prompt.continues,
+                tools=offers_tools(chat),
                 turn_start=prompt.turn_start,
             )
         )

@@ -5,7 +5,6 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from secrets import token_hex
-from typing import Literal
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from server.metrics import RequestMeter
 from server.middleware import RequestContext
 from server.protocol.common import SamplingFields
 from server.state import ServerState, Serving
+from server.text.parser import StartsIn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +28,10 @@ class Job:
     sampling: SamplingParams
     ticket: Ticket
     parse: ParseMode
-    starts_in: Literal["reasoning", "content", "calls"] = "content"
+    starts_in: StartsIn = "content"
     continues: bool = False
+    tools: bool = False
+    """The answer may hold tool calls."""
     turn_start: int = 0
     """Where another prompt of the same conversation is likely to part from this one; 0: unknown."""
 
@@ -47,7 +49,10 @@ async def run(
     Raises:
         ApiError: the engine gave the request up.
     """
-    meter = RequestMeter(state.metrics, len(job.prompt_ids), job.sampling.max_tokens, context.arrival)
+    lane = state.lane
+    meter = RequestMeter(
+        state.metrics, len(job.prompt_ids), job.sampling.max_tokens, context.arrival, measured=lane.measured
+    )
     context.prompt_tokens += len(job.prompt_ids)
     reason = "abort"
     events = serving.generator.start(
@@ -56,11 +61,12 @@ async def run(
         parse=job.parse,
         starts_in=job.starts_in,
         continues=job.continues,
+        tools=job.tools,
         stop=body.stop,
         include_stop=body.include_stop_str_in_output,
         cache_salt=state.keys.cache_salt(context.key_id, body.salt),
-        priority=body.priority,
-        deadline=context.arrival + state.config.queue_timeout,
+        priority=body.priority + lane.priority,
+        deadline=context.arrival + state.config.queue_timeout if lane.queue_timeout else None,
         arrival_time=context.arrival,
         tenant=context.key_id,
         skip_special=body.skip_special_tokens,
