@@ -18,33 +18,36 @@ OPENAI = {
 }
 DEEPSEEK = {
     ChatBody: """model messages thinking reasoning_effort max_tokens temperature top_p frequency_penalty
-        presence_penalty stop n seed logprobs top_logprobs stream stream_options response_format tools tool_choice parallel_tool_calls
-        user_id""",
+    presence_penalty stop n seed logprobs top_logprobs stream stream_options response_format tools
+    tool_choice parallel_tool_calls user_id""",
     CompletionBody: """model prompt suffix echo max_tokens stop stream stream_options temperature top_p logprobs
-        frequency_penalty presence_penalty""",
+    frequency_penalty presence_penalty""",
 }
 _VLLM = """use_beam_search top_k min_p repetition_penalty watermarking length_penalty stop_token_ids ignore_eos
-    min_tokens include_stop_str_in_output skip_special_tokens spaces_between_special_tokens truncate_prompt_tokens
-    truncation_side prompt_logprobs logprob_token_ids allowed_token_ids bad_words add_special_tokens response_format structured_outputs
-    priority request_id session_id return_tokens_as_token_ids return_token_ids routed_experts_prompt_start
-    return_token_offsets return_mm_kwargs cache_salt kv_transfer_params ec_transfer_params vllm_xargs
-    repetition_detection stream_interval thinking_token_budget best_of guided_json guided_regex guided_choice
-    guided_grammar guided_decoding_backend guided_whitespace_pattern detokenize logits_processors early_stopping"""
+    min_tokens include_stop_str_in_output skip_special_tokens spaces_between_special_tokens
+    truncate_prompt_tokens truncation_side prompt_logprobs logprob_token_ids allowed_token_ids bad_words
+    add_special_tokens response_format structured_outputs priority request_id session_id
+    return_tokens_as_token_ids return_token_ids routed_experts_prompt_start return_token_offsets
+    return_mm_kwargs cache_salt kv_transfer_params ec_transfer_params vllm_xargs repetition_detection
+    stream_interval thinking_token_budget best_of guided_json guided_regex guided_choice guided_grammar
+    guided_decoding_backend guided_whitespace_pattern detokenize logits_processors early_stopping"""
 VLLM = {
     ChatBody: _VLLM.replace("best_of", "")
-    + """ echo add_generation_prompt continue_final_message documents chat_template chat_template_kwargs media_io_kwargs
-        mm_processor_kwargs include_reasoning reasoning_effort return_prompt_text""",
+    + """ echo add_generation_prompt continue_final_message documents chat_template chat_template_kwargs
+    media_io_kwargs mm_processor_kwargs include_reasoning reasoning_effort return_prompt_text""",
     CompletionBody: _VLLM + " prompt_embeds",
 }
 _SGLANG = """return_hidden_states return_routed_experts routed_experts_start_len return_cached_tokens_details
-    return_token_ids top_k min_p min_tokens regex ebnf repetition_penalty stop_token_ids stop_regex no_stop_trim
-    ignore_eos skip_special_tokens lora_path session_id session_params custom_params custom_logit_processor
-    images_config bootstrap_host bootstrap_port bootstrap_room routed_dp_rank disagg_prefill_dp_rank data_parallel_rank rid extra_key
-    cache_salt ngram_corpus_id priority response_format"""
+    return_token_ids top_k min_p min_tokens regex ebnf repetition_penalty stop_token_ids stop_regex
+    no_stop_trim ignore_eos skip_special_tokens lora_path session_id session_params custom_params
+    custom_logit_processor images_config bootstrap_host bootstrap_port bootstrap_room routed_dp_rank
+    disagg_prefill_dp_rank data_parallel_rank rid extra_key cache_salt ngram_corpus_id priority
+    response_format"""
 SGLANG = {
     ChatBody: _SGLANG
-    + """ return_prompt_token_ids return_meta_info task continue_final_message separate_reasoning stream_reasoning
-        chat_template_kwargs max_dynamic_patch min_dynamic_patch use_audio_in_video input_ids reasoning""",
+    + """ return_prompt_token_ids return_meta_info task continue_final_message separate_reasoning
+    stream_reasoning chat_template_kwargs max_dynamic_patch min_dynamic_patch use_audio_in_video
+    input_ids reasoning""",
     CompletionBody: _SGLANG + " json_schema custom_labels",
 }
 OTHERS = {ChatBody: "thinking_budget max_thinking_tokens", CompletionBody: "parse_special"}

@@ -156,7 +156,7 @@ def test_truncated_prompts(serving: Any) -> None:
 def test_user_ids_do_not_share_a_cache(serving: Any) -> None:
     async def main() -> None:
         async with serving(answer="x") as server:
-            prompt, seen = "p" * 600, []
+            prompt, seen = "p" * 3500, []
             for fields in ({}, {}, {"user_id": "a"}, {"user_id": "a"}, {"user_id": "b"}, {"cache_salt": "a"}):
                 usage = (await server.complete(prompt, **fields)).json()["usage"]
                 seen.append(usage["prompt_cache_hit_tokens"] > 0)
