@@ -15,6 +15,7 @@ from server.middleware import context_of
 from server.protocol import sse
 from server.protocol.chat import ChatBody, ChatChunks, chat_answer, chat_logprobs
 from server.protocol.common import usage_counts
+from server.reasoning_view import reasoning_view
 from server.routes.call import read_body, state_of
 from server.routes.generate import answer_id
 from server.routes.stream import EventStream, until_disconnect
@@ -34,7 +35,7 @@ async def chat_completions(request: Request) -> Response:
     state.check_model(body.model)
     chat = body.chat_request()
     with ExitStack() as stack:
-        run = await start_chat(state, serving, context, chat, num_bytes, stack)
+        run = reasoning_view(await start_chat(state, serving, context, chat, num_bytes, stack), body)
         if body.stream:
             chunks = ChatChunks(
                 answer_id("chatcmpl"), int(time.time()), state.model_name, include_usage=body.include_usage
