@@ -59,8 +59,6 @@ class ChatBody(SamplingFields, ThinkingFields, FormatFields):
             raise bad_request("top_logprobs should be set along with logprobs = true", param="top_logprobs")
         if self.n > 1:
             raise unsupported("n", "Invalid n value (currently only n = 1 is supported)")
-        if self.prompt_logprobs is not None:
-            raise unsupported("prompt_logprobs")
 
     def chat_request(self) -> ChatRequest:
         """The same request in the words of no API. Raises ApiError 400 with `param`."""

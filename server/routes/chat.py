@@ -12,6 +12,7 @@ from server.chat_run import start_chat
 from server.errors import ApiError
 from server.generation import GenerationEvent, TokenLogprob, Usage
 from server.middleware import context_of
+from server.prompt_scores import PromptScoresSeen
 from server.protocol import sse
 from server.protocol.chat import ChatBody, ChatChunks, chat_answer, chat_logprobs
 from server.protocol.common import usage_counts
@@ -34,14 +35,18 @@ async def chat_completions(request: Request) -> Response:
     serving = state.serving()
     state.check_model(body.model)
     chat = body.chat_request()
+    scores = PromptScoresSeen(body.prompt_logprobs)
     with ExitStack() as stack:
         run = reasoning_view(await start_chat(state, serving, context, chat, num_bytes, stack), body)
+        run.choices[0] = scores.watch(run.choices[0])
         if body.stream:
             chunks = ChatChunks(
                 answer_id("chatcmpl"), int(time.time()), state.model_name, include_usage=body.include_usage
             )
             return EventStream(_stream(run.choices[0], chunks, body, run.prompt), state, stack.pop_all().close)
         answer = await until_disconnect(request, state, _whole(run.choices[0], state.model_name, body, run.prompt))
+        if scores.columns is not None:
+            answer = scores.added_to(answer, serving, run.prompt.token_ids)
         return Response(answer, media_type="application/json")
 
 

@@ -216,3 +216,19 @@ def test_truncation_keeps_one_token_at_least() -> None:
     assert truncated(ids, SamplingFields(model="m", truncate_prompt_tokens=-1), 5, 9).tolist() == [9]
     assert truncated(ids, SamplingFields(model="m", truncate_prompt_tokens=-1), 5, None).tolist() == [6, 7, 8, 9]
     assert truncated(ids, SamplingFields(model="m"), 5, None) is ids
+
+
+def test_prompt_logprobs_of_a_chat(serving: Any) -> None:
+    async def main() -> None:
+        async with serving(answer="why</think>because") as server:
+            answer = (await server.chat(prompt_logprobs=2, return_token_ids=True)).json()
+            rows, ids = answer["prompt_logprobs"], answer["prompt_token_ids"]
+            assert len(rows) == len(ids) and rows[0] is None
+            for token_id, row in zip(ids[1:], rows[1:], strict=True):
+                assert len(row) == 2 and row[str(token_id)]["rank"] == 1
+            assert answer["choices"][0]["message"]["content"] == "because"
+            assert "prompt_logprobs" not in (await server.chat()).json()
+            answer = await server.chat(prompt_logprobs=0, stream=True)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt_logprobs")
+
+    asyncio.run(main())

@@ -114,7 +114,6 @@ CHAT = COMMON | {
     "continue_final_message": [True],
     "add_generation_prompt": [False],
     "n": [*COMMON["n"], 2],
-    "prompt_logprobs": [*COMMON["prompt_logprobs"], 0, 1],
 }
 COMPLETIONS = COMMON | {
     "prompt": [
