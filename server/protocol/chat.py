@@ -55,6 +55,8 @@ class ChatBody(SamplingFields, ThinkingFields, FormatFields):
 
     def check(self) -> None:
         super().check()
+        if self.asked_format is not None:
+            raise unsupported(self.asked_format)
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs should be set along with logprobs = true", param="top_logprobs")
         if self.n > 1:

@@ -249,11 +249,6 @@ class FormatFields(Body):
                 return name
         return None
 
-    def check(self) -> None:
-        super().check()
-        if self.asked_format is not None:
-            raise unsupported(self.asked_format)
-
 
 def usage_counts(usage: Usage) -> dict[str, Any]:
     """OpenAI's and DeepSeek's counts; for whoever wonders, why the prefix cache had no more."""
