@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import EngineConfig, MachineFacts, ResolvedConfig, resolve
-from engine.messages import SamplingParams, unpack_ids
+from engine.messages import ForcedToken, unpack_ids
 from engine.plan import NOTHING_LEFT, NewRequest, PromptLogprobs, ScheduledTokens, StepPlan, StepResult, TokenLogprobs
 from model.config import ModelConfig, load_config
 from model.kv_layout import PAGE_TOKENS
@@ -301,12 +301,15 @@ class SimExecutor:
     def _sample(self, record: _Record) -> int | None:
         """The next token; None when what the request excludes leaves none."""
         sampling = record.new.sampling
-        forced = _forced(sampling, record.output)
-        if forced is not None:
-            return forced
+        if sampling.forced_token is not None:
+            forced = _forced(sampling.forced_token, record.output)
+            if forced is not None:
+                return forced
         if self._script is not None:
             answer = self._script(record.new.token_ids[: record.new.num_prompt_tokens])
-            place = _place(answer, sampling, record.output)
+            place = record.num_output
+            if sampling.forced_token is not None:
+                place = _place(answer, sampling.forced_token, record.output)
             return self._permitted(answer[place] if place < len(answer) else self.eos_token_id, record, set())
         early = record.num_output < sampling.min_tokens
         may_end = not early and not sampling.ignore_eos
@@ -322,9 +325,10 @@ class SimExecutor:
 
     def _permitted(self, token_id: int, record: _Record, masked: set[int]) -> int | None:
         """The first token from `token_id` on that neither `masked` nor the request excludes."""
-        sampling, output = record.new.sampling, record.output
-        if not (masked or sampling.bad_words or sampling.allowed_token_ids):
+        sampling = record.new.sampling
+        if token_id not in masked and not sampling.bad_words and sampling.allowed_token_ids is None:
             return token_id
+        output = record.output if sampling.bad_words else []
         banned = masked | {w[-1] for w in sampling.bad_words if output[len(output) - len(w) + 1 :] == [*w[:-1]]}
         everything = range(self.model.vocab_size)
         allowed = everything if sampling.allowed_token_ids is None else sorted(unpack_ids(sampling.allowed_token_ids))
@@ -383,18 +387,16 @@ def sim_config(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     return resolve(config, model, facts)
 
 
-def _forced(sampling: SamplingParams, output: Sequence[int]) -> int | None:
+def _forced(forced: ForcedToken, output: Sequence[int]) -> int | None:
     """The token that must come next."""
-    forced = sampling.forced_token
-    if forced is None or len(output) < forced.after or not {forced.token_id, *forced.unless}.isdisjoint(output):
+    if len(output) < forced.after or not {forced.token_id, *forced.unless}.isdisjoint(output):
         return None
     return forced.token_id
 
 
-def _place(answer: Sequence[int], sampling: SamplingParams, output: Sequence[int]) -> int:
+def _place(answer: Sequence[int], forced: ForcedToken, output: Sequence[int]) -> int:
     """Where a scripted answer goes on; a forced token cuts it short up to its own such token."""
-    forced = sampling.forced_token
-    if forced is None or len(output) <= forced.after or output[forced.after] != forced.token_id:
+    if len(output) <= forced.after or output[forced.after] != forced.token_id:
         return len(output)
     if forced.token_id not in answer or not {forced.token_id, *forced.unless}.isdisjoint(answer[: forced.after]):
         return len(output)

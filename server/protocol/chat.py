@@ -33,9 +33,6 @@ class ChatBody(SamplingFields, ThinkingFields, FormatFields):
         "documents": ([],),
         "mm_processor_kwargs": ({},),
         "media_io_kwargs": ({},),
-        "include_reasoning": (True,),
-        "separate_reasoning": (True,),
-        "stream_reasoning": (True,),
         "max_dynamic_patch": (),
         "min_dynamic_patch": (),
         "use_audio_in_video": (False,),
@@ -54,6 +51,8 @@ class ChatBody(SamplingFields, ThinkingFields, FormatFields):
 
     def check(self) -> None:
         super().check()
+        if self.asked_format is not None:
+            raise unsupported(self.asked_format)
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs should be set along with logprobs = true", param="top_logprobs")
         if self.prompt_logprobs is not None:

@@ -184,6 +184,10 @@ class ThinkingFields(Body):
     thinking: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool = True
+    separate_reasoning: bool = True
+    stream_reasoning: bool = True
+    """Of the answer: see `server.reasoning_view`."""
 
     @classmethod
     def knows(cls, name: str) -> bool:
@@ -204,9 +208,11 @@ class ThinkingFields(Body):
                     raw.setdefault("reasoning_effort", value)
                 case "max_tokens":
                     raw.setdefault("thinking_token_budget", value)
+                case "enabled" | "enable" | "exclude" if not isinstance(value, bool):
+                    raise bad_request(f"reasoning.{name} must be true or false", param=f"reasoning.{name}")
+                case "exclude":
+                    raw.setdefault("include_reasoning", not value)
                 case "enabled" | "enable":
-                    if not isinstance(value, bool):
-                        raise bad_request(f"reasoning.{name} must be true or false", param=f"reasoning.{name}")
                     raw.setdefault("thinking", {"type": "enabled" if value else "disabled"})
                 case _:
                     raise unsupported(f"reasoning.{echo(name)}")
@@ -242,11 +248,6 @@ class FormatFields(Body):
             if name != "response_format" or value != {"type": "text"}:
                 return name
         return None
-
-    def check(self) -> None:
-        super().check()
-        if self.asked_format is not None:
-            raise unsupported(self.asked_format)
 
 
 def usage_counts(usage: Usage, *, thinking: bool = False) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class CompletionBody(SamplingFields, FormatFields):
 
     def check(self) -> None:
         super().check()
+        if self.asked_format is not None:
+            raise unsupported(self.asked_format)
         if self.best_of is not None and self.best_of != self.n:
             raise unsupported("best_of", REASONS["best_of"])
         if len(self.prompt) * self.n > limits.MOST_ANSWERS:

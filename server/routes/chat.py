@@ -12,10 +12,12 @@ from server.chat_run import ChatRun, start_chat
 from server.errors import ApiError
 from server.generation import GenerationEvent, TokenLogprob, Usage
 from server.middleware import RequestContext, context_of
+from server.prompt_scores import PromptScoresSeen
 from server.protocol import sse
 from server.protocol.chat import ChatBody
 from server.protocol.chat_answer import ChatChunks, UsageIn, WholeChoice, call_deltas, chat_answer, chat_logprobs
 from server.protocol.common import usage_counts
+from server.reasoning_view import reasoning_view
 from server.routes.call import read_body, state_of
 from server.routes.generate import answer_id, merge, usage_of_choices
 from server.routes.stream import EventStream, until_disconnect
@@ -32,8 +34,10 @@ async def chat_completions(request: Request) -> Response:
     serving = state.serving()
     state.check_model(body.model)
     chat = body.chat_request()
+    scores = PromptScoresSeen(body.prompt_logprobs)
     with ExitStack() as stack:
-        run = await start_chat(state, serving, context, chat, num_bytes, stack)
+        run = reasoning_view(await start_chat(state, serving, context, chat, num_bytes, stack), body)
+        run.choices[0] = scores.watch(run.choices[0])
         if body.stream:
             usage_in = _usage_in(state, context, body)
             chunks = ChatChunks(
@@ -42,6 +46,8 @@ async def chat_completions(request: Request) -> Response:
             events = _Stream(run, chunks, body, usage_in).chunks()
             return EventStream(events, state, stack.pop_all().close)
         answer = await until_disconnect(request, state, _whole(run, state.model_name, body))
+        if scores.columns is not None:
+            answer = scores.added_to(answer, serving, run.prompt.token_ids)
         return Response(answer, media_type="application/json")
 
 

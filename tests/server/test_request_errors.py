@@ -85,7 +85,10 @@ CHAT = COMMON | {
         {"reasoning_effort": 3},
         {"x": 1},
     ],
-    "reasoning": [1, "high", [], {"enabled": 1}, {"summary": "auto"}],
+    "reasoning": [1, "high", [], {"enabled": 1}, {"exclude": "yes"}, {"summary": "auto"}],
+    "include_reasoning": NOT_A_BOOLEAN,
+    "separate_reasoning": NOT_A_BOOLEAN,
+    "stream_reasoning": NOT_A_BOOLEAN,
     "logprobs": [*NOT_A_BOOLEAN, 5],
     "top_logprobs": [*NOT_AN_INTEGER, -1, 21, 5],
     "tools": [
