@@ -8,12 +8,11 @@ What the chat, responses and messages routes have in common; they translate into
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import msgspec
-
 from server.chat_request import ChatRequest
+from server.compat import as_deepseek
 from server.errors import bad_request, echo
 from server.generation import GenerationEvent
 from server.middleware import RequestContext
@@ -22,13 +21,12 @@ from server.routes.generate import Job, run
 from server.state import ServerState, Serving
 from server.text.effort import PromptError
 from server.text.prompt import Prompt, render_chat
+from server.validation import check_prompt_logprobs, for_answer, sampling_params, truncated
 
 DEFAULT_TOKENS_CHAT = 8192
 DEFAULT_TOKENS_THINKING = 65536
 DEFAULT_TOKENS_MAX_EFFORT = 131072
 """max_tokens of a request that names none (DeepSeek's API); clipped to the room that the prompt leaves."""
-_SEED_STEP = 0x9E3779B97F4A7C15
-_SEED_RANGE = 2**63
 
 Events = AsyncGenerator[GenerationEvent, None]
 
@@ -61,6 +59,9 @@ async def start_chat(
     Raises:
         ApiError: 400 with `param`, 429 or 503 as `Admission.enter` says.
     """
+    if state.config.api_compat == "deepseek":
+        chat = as_deepseek(chat)
+    sampling = sampling_params(chat.fields, serving, chat.num_logprobs)
     shares = serving.info.enable_prefix_cache
     estimate = estimated_tokens(num_bytes)
     tickets = [
@@ -68,7 +69,9 @@ async def start_chat(
         for n in range(chat.num_choices)
     ]
     prompt = await off_loop(num_bytes, lambda: render_request(serving, chat))
+    prompt = _truncated(serving, chat, prompt)
     num_prompt_tokens = len(prompt.token_ids)
+    check_prompt_logprobs([num_prompt_tokens], sampling.prompt_logprobs, "prompt_logprobs")
     max_tokens = completion_budget(
         serving,
         num_prompt_tokens,
@@ -78,25 +81,27 @@ async def start_chat(
         limit_param=chat.max_tokens_param,
         lowers=chat.lowers_max_tokens,
     )
-    sampling = chat.fields.sampling(serving.info, max_tokens, chat.num_logprobs)
     jobs = []
     for n, ticket in enumerate(tickets):
         ticket.count(num_prompt_tokens if n == 0 or not shares else 1)
         jobs.append(
             Job(
                 prompt_ids=prompt.token_ids,
-                sampling=msgspec.structs.replace(sampling, seed=_seed(sampling.seed, n)),
+                sampling=for_answer(
+                    sampling, max_tokens=max_tokens, reasoning=prompt.starts_in == "reasoning", choice=n
+                ),
                 ticket=ticket,
                 parse="chat",
                 starts_in=prompt.starts_in,
                 continues=prompt.continues,
+                tools=offers_tools(chat),
                 turn_start=prompt.turn_start,
             )
         )
     choices = [run(state, serving, context, chat.fields, job) for job in jobs]
     return ChatRun(
         prompt=prompt,
-        choices=_after_the_first(choices) if shares else choices,
+        choices=after_the_first(choices) if shares else choices,
         thinking=chat.thinking,
         tools=offers_tools(chat),
     )
@@ -108,7 +113,8 @@ def render_request(serving: Serving, chat: ChatRequest) -> Prompt:
     Raises:
         ApiError: 400 with `param`.
     """
-    check_text_length(serving, _contents(chat.messages), special=False, param=chat.messages_param)
+    truncates = chat.fields.truncate_prompt_tokens is not None
+    check_text_length(serving, _contents(chat.messages), special=False, param=chat.messages_param, truncates=truncates)
     tools, choice = _rendered_tools(chat)
     rendered = chat.output_format.rendered if chat.output_format is not None else None
     try:
@@ -120,6 +126,7 @@ def render_request(serving: Serving, chat: ChatRequest) -> Prompt:
             tools=tools,
             tool_choice=choice,
             response_format=rendered,
+            effort_table=serving.effort_table,
         )
     except PromptError as error:
         param = error.param
@@ -129,6 +136,15 @@ def render_request(serving: Serving, chat: ChatRequest) -> Prompt:
             # No tools were passed on, so what the encoder blames on them stood in a message.
             param = chat.messages_param
         raise bad_request(echo(str(error)), param=param) from None
+
+
+def _truncated(serving: Serving, chat: ChatRequest, prompt: Prompt) -> Prompt:
+    kept = truncated(prompt.token_ids, chat.fields, serving.max_request_tokens, chat.max_tokens)
+    if len(kept) == len(prompt.token_ids):
+        return prompt
+    dropped = len(prompt.token_ids) - len(kept) if chat.fields.truncation_side == "left" else 0
+    turn_start = max(0, prompt.turn_start - dropped)
+    return replace(prompt, token_ids=kept, turn_start=turn_start if turn_start <= len(kept) else 0)
 
 
 def offers_tools(chat: ChatRequest) -> bool:
@@ -179,12 +195,7 @@ def _contents(messages: list[dict[str, Any]]) -> Iterator[str]:
                 yield text
 
 
-def _seed(seed: int | None, choice: int) -> int | None:
-    """The first choice has the request's own seed, so that it is the answer of a request for one."""
-    return None if seed is None else (seed + choice * _SEED_STEP) % _SEED_RANGE
-
-
-def _after_the_first(choices: list[Events]) -> list[Events]:
+def after_the_first(choices: list[Events]) -> list[Events]:
     """The same choices; all but the first wait for its first token, or its end."""
     if len(choices) == 1:
         return choices

@@ -7,22 +7,22 @@ from pydantic import Field
 
 from server import limits
 from server.chat_request import ChatRequest
-from server.errors import bad_request, echo
+from server.errors import bad_request, echo, unsupported
 from server.generation import TokenLogprob
 from server.protocol import sse
 from server.protocol.common import (
-    ACCEPTED_WITHOUT_EFFECT,
     LARGEST_INT32,
-    REFUSED_EVERYWHERE,
     SYSTEM_FINGERPRINT,
+    FormatFields,
     SamplingFields,
     ThinkingFields,
 )
+from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REFUSED_EVERYWHERE
 from server.protocol.tools import MOST_TOOLS, read_tool_choice, read_tools
 from server.text.effort import PromptError, Tier, resolve_thinking
 
 
-class ChatBody(SamplingFields, ThinkingFields):
+class ChatBody(SamplingFields, ThinkingFields, FormatFields):
     REFUSED = REFUSED_EVERYWHERE | {
         "functions": ([],),
         "function_call": ("none", "auto"),
@@ -40,10 +40,13 @@ class ChatBody(SamplingFields, ThinkingFields):
         "include_reasoning": (True,),
         "separate_reasoning": (True,),
         "stream_reasoning": (True,),
-        "thinking_token_budget": (),
+        "max_dynamic_patch": (),
+        "min_dynamic_patch": (),
+        "use_audio_in_video": (False,),
+        "add_special_tokens": (False,),
         "task": (),
     }
-    IGNORED = (ACCEPTED_WITHOUT_EFFECT - {"parallel_tool_calls"}) | {"add_special_tokens"}
+    IGNORED = ACCEPTED_WITHOUT_EFFECT
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=limits.MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=LARGEST_INT32)] | None = None
@@ -57,6 +60,10 @@ class ChatBody(SamplingFields, ThinkingFields):
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs should be set along with logprobs = true", param="top_logprobs")
+        if self.n > 1:
+            raise unsupported("n", "Invalid n value (currently only n = 1 is supported)")
+        if self.prompt_logprobs is not None:
+            raise unsupported("prompt_logprobs")
 
     def chat_request(self) -> ChatRequest:
         """The same request in the words of no API. Raises ApiError 400 with `param`."""

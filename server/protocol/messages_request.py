@@ -8,7 +8,8 @@ from pydantic import BeforeValidator, Field
 from server import limits
 from server.chat_request import ChatRequest, OutputFormat, Tool, ToolChoice
 from server.errors import bad_request, echo
-from server.protocol.common import ACCEPTED_WITHOUT_EFFECT, LARGEST_INT32, REFUSED_EVERYWHERE, Real, SamplingFields
+from server.protocol.common import LARGEST_INT32, Real, SamplingFields
+from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REFUSED_EVERYWHERE
 from server.protocol.members import as_object, member, not_supported, one_of, required
 from server.protocol.messages_blocks import system_text, to_messages
 from server.protocol.tools import MOST_TOOLS, checked_name

@@ -10,12 +10,11 @@ from server import limits
 from server.chat_request import ChatRequest, OutputFormat
 from server.errors import bad_request
 from server.protocol.common import (
-    ACCEPTED_WITHOUT_EFFECT,
     LARGEST_INT32,
-    REFUSED_EVERYWHERE,
     SamplingFields,
     ThinkingFields,
 )
+from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REFUSED_EVERYWHERE
 from server.protocol.members import member, not_supported, one_of, required
 from server.protocol.responses_items import later_tools, to_messages
 from server.protocol.responses_tools import Toolbox, read_choice, read_toolbox

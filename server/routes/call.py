@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from server import limits
 from server.errors import ApiError, context_exceeded
+from server.middleware import context_of
 from server.protocol.common import Body
 from server.state import ServerState, Serving
 
@@ -21,6 +22,7 @@ LARGE_BYTES = 64 * 1024
 _BYTES_PER_TOKEN = 4
 _SLICE_CHARS = 2**18
 _CUT_TOKENS = 64
+_TRUNCATED_CHARS = 2**20
 
 
 def state_of(request: Request) -> ServerState:
@@ -35,7 +37,8 @@ async def read_body(request: Request, kind: type[B]) -> tuple[B, int]:
     raw = await request.body()
     body, unknown = await off_loop(len(raw), lambda: kind.read(raw))
     if unknown:
-        state_of(request).metrics.unknown_fields.inc(unknown)
+        state_of(request).metrics.unknown_fields.inc(len(unknown))
+        context_of(request.scope).ignored_fields = unknown
     return body, len(raw)
 
 
@@ -61,16 +64,19 @@ def estimated_tokens(num_bytes: int) -> int:
     return num_bytes // _BYTES_PER_TOKEN + 1
 
 
-def check_text_length(serving: Serving, texts: Iterable[str], *, special: bool, param: str) -> None:
+def check_text_length(
+    serving: Serving, texts: Iterable[str], *, special: bool, param: str, truncates: bool = False
+) -> None:
     """Refuse text that is far too long before it is tokenised as a whole, which takes some 400 bytes for each token.
 
     A text of no more characters than the context has tokens passes unseen; a longer one is counted slice by slice.
+    With `truncates` a prompt may be longer than the context, but not without bound.
 
     Raises:
         ApiError: 400 context_length_exceeded.
     """
     texts = list(texts)
-    limit = serving.max_request_tokens
+    limit = max(serving.max_request_tokens, _TRUNCATED_CHARS if truncates else 0)
     if sum(map(len, texts)) <= limit:
         return
     least = 0

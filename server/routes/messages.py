@@ -21,7 +21,6 @@ router = APIRouter()
 
 
 @router.post("/v1/messages")
-@router.post("/anthropic/v1/messages")
 async def create_message(request: Request) -> Response:
     body, num_bytes = await read_body(request, MessagesBody)
     body.check()
@@ -47,7 +46,6 @@ async def create_message(request: Request) -> Response:
 
 
 @router.post("/v1/messages/count_tokens")
-@router.post("/anthropic/v1/messages/count_tokens")
 async def count_tokens(request: Request) -> Response:
     """The prompt's length, without an answer: `input_tokens + cache_read_input_tokens` of the answer's usage."""
     body, num_bytes = await read_body(request, CountBody)

@@ -30,7 +30,6 @@ MOST_LISTED = 100
 
 
 @router.post("/v1/responses")
-@router.post("/responses")
 async def create_response(request: Request) -> Response:
     body, num_bytes = await read_body(request, ResponsesBody)
     body.check()
@@ -83,7 +82,6 @@ async def create_response(request: Request) -> Response:
 
 
 @router.post("/v1/responses/input_tokens")
-@router.post("/responses/input_tokens")
 async def count_input_tokens(request: Request) -> Response:
     """The prompt's length, without an answer."""
     body, num_bytes = await read_body(request, ResponsesBody)
@@ -98,7 +96,6 @@ async def count_input_tokens(request: Request) -> Response:
 
 
 @router.get("/v1/responses/{response_id}")
-@router.get("/responses/{response_id}")
 async def get_response(
     request: Request, response_id: str, stream: bool = False, starting_after: Annotated[int, Query(ge=-1)] = -1
 ) -> Response:
@@ -113,7 +110,6 @@ async def get_response(
 
 
 @router.post("/v1/responses/{response_id}/cancel")
-@router.post("/responses/{response_id}/cancel")
 async def cancel_response(request: Request, response_id: str) -> Response:
     """Stop a response that runs in the background; one that is over stays as it is."""
     stored = _find(request, response_id)
@@ -125,7 +121,6 @@ async def cancel_response(request: Request, response_id: str) -> Response:
 
 
 @router.delete("/v1/responses/{response_id}")
-@router.delete("/responses/{response_id}")
 async def delete_response(request: Request, response_id: str) -> Response:
     stored = _find(request, response_id)
     state_of(request).responses.delete(stored)
@@ -133,7 +128,6 @@ async def delete_response(request: Request, response_id: str) -> Response:
 
 
 @router.get("/v1/responses/{response_id}/input_items")
-@router.get("/responses/{response_id}/input_items")
 async def list_input_items(
     request: Request,
     response_id: str,
