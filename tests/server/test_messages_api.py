@@ -182,8 +182,8 @@ def test_failures_in_a_stream(serving: Any) -> None:
 def test_pings_while_nothing_comes(serving: Any) -> None:
     async def main() -> None:
         config = ServerConfig(keep_alive_interval=0.2)
-        async with serving(answer="ab", step_seconds=1.5, config=config) as server:
-            found = [event["type"] for event in events((await ask(server, stream=True, **OFF)).text)]
+        async with serving(answer="a", step_seconds=1.3, config=config) as server:
+            found = [event["type"] for event in events((await ask(server, stream=True, max_tokens=1, **OFF)).text)]
             assert found.count("ping") > 1
             assert found[0] == "message_start"
 

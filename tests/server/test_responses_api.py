@@ -174,7 +174,7 @@ def test_a_background_stream_is_read_again_from_anywhere(serving: Any) -> None:
             assert events((await server.http.get(url)).text) == found
             for n in (0, 5, len(found) - 1, len(found) + 7):
                 assert events((await server.http.get(f"{url}&starting_after={n}")).text) == found[n + 1 :]
-            assert (await server.http.get(f"{url}&starting_after=x")).status_code in (400, 422)
+            assert (await server.http.get(f"{url}&starting_after=x")).status_code == 400
 
     asyncio.run(main())
 
@@ -307,8 +307,8 @@ def test_errors(serving: Any, stream: bool) -> None:
 
 def test_faults_of_the_engine(serving: Any) -> None:
     async def main() -> None:
-        async with serving(step_seconds=0.05, config=ServerConfig(queue_timeout=0.01), max_num_seqs=1) as server:
-            blocker = asyncio.create_task(create(server, max_output_tokens=40, ignore_eos=True))
+        async with serving(step_seconds=0.05, config=ServerConfig(queue_timeout=0.4), max_num_seqs=1) as server:
+            blocker = asyncio.create_task(create(server, max_output_tokens=60, ignore_eos=True))
             while not server.engine.stats.num_running:
                 await asyncio.sleep(0.01)
             whole = await create(server)
