@@ -77,8 +77,7 @@ class Metrics:
         self._histograms["vllm:" + name].observe(value)
 
     def count_finish(self, reason: str) -> None:
-        # An answer that ended with calls stopped by itself; the field's dashboards know no other word for it.
-        self._finished["stop" if reason == "tool_calls" else reason].inc()
+        self._finished[reason].inc()
 
     def count_response(self, route: str | None, status: int) -> None:
         """`route` is the pattern of a path, never a client's text; None when no route took the request."""
