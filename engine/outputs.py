@@ -41,9 +41,9 @@ class OutputColumns:
             miss_reason="cold" if request.miss_reason == "salt" else request.miss_reason,
         )
 
-    def refuse(self, request_id: str, error: RequestError) -> None:
-        """A row for a request that never came to be."""
-        self._append(request_id, (), finish="error", error=error)
+    def refuse(self, request_id: str, error: RequestError | None) -> None:
+        """A row for a request that never came to be; without an error it was aborted."""
+        self._append(request_id, (), finish="abort" if error is None else "error", error=error)
 
     def _append(
         self,

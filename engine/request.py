@@ -5,6 +5,7 @@ from enum import Enum
 import msgspec
 import numpy as np
 
+from engine.grammar.matcher import GrammarMatcher
 from engine.kv.grant import Grant
 from engine.kv.hashing import PageKeys
 from engine.kv.resume import MissReason
@@ -43,6 +44,7 @@ class Request:
         "keys",
         "last_step_id",
         "latest_start",
+        "matcher",
         "miss_reason",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -96,6 +98,8 @@ class Request:
         """Tokens of the prompt that were not computed when the request first started."""
         self.keys: PageKeys | None = None
         """None: nothing of the request is looked up or cached."""
+        self.matcher: GrammarMatcher | None = None
+        """Follows the answer; it moves with the tokens known, so a preemption does not touch it."""
         self.miss_reason: MissReason | None = None
         """Why no more was cached, from the first start on."""
         self.stops: dict[int, SnapshotKind] = dict.fromkeys(self.snapshot_positions, "prompt_end")

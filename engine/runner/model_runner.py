@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.config import SAMPLER_ELEMENTS
+from engine.grammar.masks import TokenMasks
 from engine.plan import StepPlan, StepResult, TokenLogprobs
 from engine.runner.host_store import HostPages, SnapshotArena
 from engine.runner.inputs import StepInputs, build_inputs, rows_of
@@ -105,7 +106,7 @@ class ModelRunner:
                 f"{rows.request_id}: row {rows.start}, but its slot stands at {self.table.num_computed_S[slot]}"
             )
             self.table.num_computed_S[slot] += rows.num_tokens
-        token_ids, logprobs, failed = self._sample(self._forward(inputs), inputs)
+        token_ids, logprobs, failed = self._sample(self._forward(inputs), inputs, plan.masks)
         return StepResult(
             step_id=plan.step_id,
             request_ids=tuple(i for i in inputs.request_ids if i not in failed),
@@ -123,16 +124,19 @@ class ModelRunner:
         return None
 
     def _sample(
-        self, hidden_LD: Tensor | None, inputs: StepInputs
+        self, hidden_LD: Tensor | None, inputs: StepInputs, masks: TokenMasks | None
     ) -> tuple[tuple[int, ...], tuple[TokenLogprobs | None, ...], dict[str, str]]:
         """Tokens and log probabilities of the rows that have one, and the requests that failed."""
         if hidden_LD is None:
             return (), (), {}
         batch = self.table.sampling(inputs.slots_L)
+        unmasked: dict[int, str] = {}
+        if masks is not None:
+            batch, unmasked = _masked(batch, inputs, masks)
         blocks = list(self._sample_blocks(hidden_LD, batch))
         token_ids_L = np.concatenate([block.token_ids_L for _, block in blocks])
         logprobs_L = [logprobs for _, block in blocks for logprobs in block.logprobs_L]
-        failed_rows = {first + row: why for first, block in blocks for row, why in block.failed.items()}
+        failed_rows = {first + row: why for first, block in blocks for row, why in block.failed.items()} | unmasked
         sound_L = np.array([row not in failed_rows for row in range(len(batch))])
         self.table.append_tokens(inputs.slots_L[sound_L], token_ids_L[sound_L])
         return (
@@ -150,3 +154,13 @@ class ModelRunner:
 
     def _ids(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self.device)
+
+
+def _masked(batch: SamplingBatch, inputs: StepInputs, masks: TokenMasks) -> tuple[SamplingBatch, dict[int, str]]:
+    """The batch with its masks, which may still have to be waited for, and the rows whose grammar failed."""
+    mask_NW, failed = masks.wait()
+    places = {request_id: row for row, request_id in enumerate(inputs.request_ids)}
+    rows_N = np.array([places[request_id] for request_id in masks.request_ids], dtype=np.int64)
+    order_N = np.argsort(rows_N)
+    unmasked = {int(rows_N[n]): f"no mask ({why})" for n, why in failed.items()}
+    return batch.masked(rows_N[order_N], mask_NW[order_N]), unmasked

@@ -1,9 +1,12 @@
 """An executor without a model: deterministic tokens, a cost model, and a check of every plan. Torch-free.
 
 A token is a hash of the request's whole history and its seed, so chunking, batching and neighbours cannot change it:
-equal requests get equal tokens under every budget. Every plan is compared with the executor's own record of requests,
-pages and slots: a page is the bytes of the tokens written to it, a slot and a snapshot are a hash of the whole history.
-A plan that would read or write the wrong memory on a device raises AssertionError here.
+equal requests get equal tokens under every budget. Under a grammar the hash picks one of the tokens that it allows; a
+script is taken at its word, and the engine ends the request where that leaves the grammar.
+
+Every plan is compared with the executor's own record of requests, pages and slots: a page is the bytes of the tokens
+written to it, a slot and a snapshot are a hash of the whole history. A plan that would read or write the wrong memory
+on a device raises AssertionError here.
 """
 
 import hashlib
@@ -16,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import EngineConfig, MachineFacts, ResolvedConfig, resolve
+from engine.grammar.masks import TokenMasks
 from engine.plan import NewRequest, ScheduledTokens, StepPlan, StepResult, TokenLogprobs
 from model.config import ModelConfig, load_config
 from model.kv_layout import PAGE_TOKENS
@@ -144,7 +148,7 @@ class SimExecutor:
             self._learn(new)
         self._move(plan)
         sampled: list[tuple[str, int, TokenLogprobs | None]] = []
-        failed: dict[str, str] = {}
+        allowed, failed = ({}, {}) if plan.masks is None else _allowed(plan.masks)
         for rows in plan.scheduled:
             record = self._run_rows(rows)
             if not rows.samples:
@@ -152,7 +156,9 @@ class SimExecutor:
             if rows.request_id in self._faults.fail_requests:
                 failed[rows.request_id] = self._faults.fail_requests[rows.request_id]
                 continue
-            token_id = self._sample(record)
+            if rows.request_id in failed:
+                continue
+            token_id = self._sample(record, allowed.get(rows.request_id))
             record.sampled.append(token_id)
             sampled.append((rows.request_id, token_id, self._logprobs(record, token_id)))
         for slot, position, snapshot in plan.slot_snapshots:
@@ -285,7 +291,8 @@ class SimExecutor:
             page.content[first:] = record.raw_tokens(start, stop)
             start = stop
 
-    def _sample(self, record: _Record) -> int:
+    def _sample(self, record: _Record, allowed: np.ndarray | None) -> int:
+        """`allowed`: ids of the tokens to choose from; None: all."""
         sampling = record.new.sampling
         if self._script is not None:
             answer = self._script(record.new.token_ids[: record.new.num_prompt_tokens])
@@ -298,8 +305,15 @@ class SimExecutor:
         history = self._slots[record.new.slot].history.copy()
         history.update((sampling.seed % 2**64).to_bytes(8, "little"))
         word = int.from_bytes(history.digest(), "little")
+        if allowed is not None:
+            may_end = may_end and self.eos_token_id in allowed
+            others = allowed[allowed != self.eos_token_id]
+            if not len(others):
+                return self.eos_token_id
         if may_end and (word >> 64) / 2.0**64 < self._eos_probability:
             return self.eos_token_id
+        if allowed is not None:
+            return int(others[word % len(others)])
         token_id = word % self.model.vocab_size
         masked = {self.eos_token_id, *(sampling.stop_token_ids if early else ())}
         while token_id in masked:
@@ -338,6 +352,14 @@ def sim_config(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     device = "cpu" if config.device == "auto" else config.device
     facts = MachineFacts(device=device, has_bf16=True, free_bytes=_SIM_BYTES, num_cores=_SIM_CORES)
     return resolve(config, model, facts)
+
+
+def _allowed(masks: TokenMasks) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """By request: ids of the tokens that the mask allows, and why there is no mask."""
+    mask_NW, failed = masks.wait()
+    bits_NV = np.unpackbits(mask_NW.view(np.uint8), axis=1, bitorder="little")
+    allowed = {request_id: np.flatnonzero(row) for request_id, row in zip(masks.request_ids, bits_NV, strict=True)}
+    return allowed, {masks.request_ids[row]: f"no mask ({why})" for row, why in failed.items()}
 
 
 def _hang(seconds: float) -> None:
