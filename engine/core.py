@@ -241,5 +241,6 @@ def engine_info(executor: Executor, *, load_seconds: float = 0.0) -> EngineInfo:
         numerics=config.numerics,
         pid=os.getpid(),
         enable_prefix_cache=config.enable_prefix_cache,
+        is_preview=executor.model.is_preview,
         load_seconds=load_seconds,
     )

@@ -22,6 +22,17 @@ def unpack_ids(raw: bytes) -> np.ndarray:
     return np.frombuffer(raw, dtype="<i4")
 
 
+class ForcedToken(msgspec.Struct, frozen=True, kw_only=True):
+    """A token that must come next once `after` tokens were generated, unless it or one of `unless` is among them.
+
+    The bound on an answer's reasoning: the token that ends reasoning, after so many tokens.
+    """
+
+    token_id: int
+    after: int
+    unless: tuple[int, ...] = ()
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one request picks tokens. Ranges are checked once, in the server's validator."""
 
@@ -44,6 +55,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     """None: none. n: the sampled token's log probability and those of the n likeliest tokens."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first. All of the prompt is computed then, cached or not."""
+    allowed_token_ids: bytes | None = None
+    """None: all. Packed ids, at least one: no other token can be sampled, EOS included."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of ids that the output never contains: a token that would complete one cannot be sampled."""
+    forced_token: ForcedToken | None = None
+    """Stronger than everything above."""
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +128,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     numerics: str
     pid: int
     enable_prefix_cache: bool = False
+    is_preview: bool = False
+    """Weights of the preview, as far as the configuration shows: their prompts state efforts in other words."""
     load_seconds: float = 0.0
 
 
@@ -118,10 +139,25 @@ class LogprobRow(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...]
 
 
+class PromptLogprobColumns(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities of the prompt's tokens 1 .. N, each given all before it; little-endian bytes."""
+
+    num_top: int
+    logprobs: bytes
+    """float32 [N]."""
+    ranks: bytes
+    """int32 [N]; 1: no token was likelier."""
+    top_ids: bytes
+    """int32 [N, num_top]: the likeliest tokens, best first."""
+    top_logprobs: bytes
+    """float32 [N, num_top]."""
+
+
 class RequestError(msgspec.Struct, frozen=True, array_like=True):
     """Why a request ended with finish "error"; the message is one sentence that a client may read."""
 
-    code: Literal["deadline_exceeded", "too_large", "internal"]
+    code: Literal["deadline_exceeded", "too_large", "no_token_left", "internal"]
+    """no_token_left: what the request excludes leaves no token to choose."""
     message: str
 
 
@@ -199,6 +235,8 @@ class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):
     stats: EngineStats
     miss_reasons: tuple[str | None, ...] = ()
     """Why no more of the prompt was cached; None when all that could be expected was, or nothing has started."""
+    prompt_logprobs: dict[str, PromptLogprobColumns] = {}
+    """By request id, beside the first token of those that asked."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):

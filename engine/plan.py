@@ -131,6 +131,26 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprobs:
+    """Log probabilities of N consecutive prompt tokens, each given all before it."""
+
+    start: int
+    """Position of the first of them, at least 1."""
+    logprobs_N: np.ndarray
+    """float32."""
+    ranks_N: np.ndarray
+    """int32; 1: no token was likelier."""
+    top_ids_NK: np.ndarray
+    """int32: the likeliest tokens, best first, ties by lower id."""
+    top_logprobs_NK: np.ndarray
+    """float32."""
+
+
+NOTHING_LEFT = "the sampling parameters leave no token to choose"
+"""Reason in `StepResult.failed` that the request itself is to blame for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What a step produced: sampled tokens of the requests that sample, in plan order."""
 
@@ -138,6 +158,8 @@ class StepResult:
     request_ids: tuple[str, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs | None, ...] = ()
+    prompt_logprobs: dict[str, PromptLogprobs] = field(default_factory=dict)
+    """Of the prompt tokens that this step's rows predict, by the requests that asked for them."""
     failed: dict[str, str] = field(default_factory=dict)
     """Requests whose own computation failed (NaN logits, for one) and why; they have no token."""
     lost: bool = False

@@ -29,7 +29,11 @@ from engine.kv.hashing import PageHasher, PageKeys
 from engine.kv.manager import KVManager
 from engine.messages import EngineStats, FinishReason, RequestError, StepOutputs
 from engine.outputs import OutputColumns
+<<<<<<< HEAD
 from engine.plan import ScheduledTokens, StepPlan, StepResult, TokenLogprobs
+=======
+from engine.plan import NOTHING_LEFT, StepPlan, StepResult, TokenLogprobs
+>>>>>>> main
 from engine.request import Request, RequestStatus
 from engine.resume_costs import CopyAndComputeCosts
 from engine.stats import DrainMeter, Totals
@@ -198,6 +202,10 @@ class Scheduler:
         moves, self._moves = self._moves, Moves()
         self.kv.settle(set(result.failed), moves if result.lost else None)
         awaited = self._commit_rows(plan, set(result.failed), now)
+        for request_id, chunk in result.prompt_logprobs.items():
+            computed = self.requests.get(request_id)
+            if computed is not None and computed.prompt_logprobs is not None:
+                computed.prompt_logprobs.append(chunk)
         for request_id, token_id, logprobs in zip(result.request_ids, result.token_ids, result.logprobs, strict=True):
             request = awaited.pop(request_id, None)
             if request is None or request_id in result.failed:
@@ -209,7 +217,8 @@ class Scheduler:
             self._fail(request_id, why)
         for request_id in awaited:
             self._fail(request_id, "the step returned no token")
-        if plan.scheduled and result.seconds > 0.0 and not plan.replays:
+        # Neither replays nor the head over whole prompts are what the model of costs knows.
+        if plan.scheduled and result.seconds > 0.0 and not plan.replays and not result.prompt_logprobs:
             self._learn(plan.num_tokens, result.seconds)
         self._release_fenced(now)
         if result.lost:
@@ -273,7 +282,7 @@ class Scheduler:
         scheduling = self.config.scheduling
         if request.keys is not None:
             request.keys.extend(request.token_ids)
-        request.prefill_seconds = self.kv.probe(request.keys, request.token_ids).est_seconds
+        request.prefill_seconds = self.kv.probe(request.lookup_keys, request.token_ids).est_seconds
         answer = self._admission.outputs.quantile(request.service, request.tenant, policy.EXPECTED_QUANTILE)
         num_left = min(
             policy.UNKNOWN_ANSWER if answer is None else answer, request.sampling.max_tokens - request.num_output_tokens
@@ -385,9 +394,15 @@ class Scheduler:
     def _commit_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request.append(token_id)
         self.totals.generation_tokens += 1
+<<<<<<< HEAD
         if request.matcher is not None and not request.matcher.advance(token_id):
             self._fail(request.request_id, f"token outside the grammar ({request.matcher.error})")
             return
+=======
+        if request.prompt_logprobs is not None:
+            self._news.add_prompt_logprobs(request.request_id, request.prompt_logprobs)
+            request.prompt_logprobs = None
+>>>>>>> main
         reason = self._stop_reason(request, token_id)
         if reason is None:
             self._news.add(request, (token_id,), logprobs)
@@ -429,11 +444,20 @@ class Scheduler:
     def _fail(self, request_id: str, why: str) -> None:
         request = self.requests.get(request_id)
         if request is not None:
+<<<<<<< HEAD
             logger.error("request %s failed: %s", request_id, why)
             message = "The engine could not compute this request."
             if request.matcher is not None and request.matcher.error is not None:
                 message = f"The answer could not be kept in its grammar ({request.matcher.error})."
             self._finish(request, "error", error=RequestError("internal", message))
+=======
+            if why == NOTHING_LEFT:
+                error = RequestError("no_token_left", "What this request excludes leaves no token to choose.")
+            else:
+                logger.error("request %s failed: %s", request_id, why)
+                error = RequestError("internal", "The engine could not compute this request.")
+            self._finish(request, "error", error=error)
+>>>>>>> main
 
     def _finish(
         self,

@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from engine.config import SAMPLER_ELEMENTS
+<<<<<<< HEAD
 from engine.grammar.masks import TokenMasks
 from engine.plan import StepPlan, StepResult, TokenLogprobs
+=======
+from engine.plan import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
+>>>>>>> main
 from engine.runner.host_store import HostPages, SnapshotArena
 from engine.runner.inputs import StepInputs, build_inputs, rows_of
+from engine.runner.prompt_logprobs import prompt_logprobs
 from engine.runner.request_table import RequestTable
 from engine.runner.sampler import Sampled, SamplingBatch, sample
 from model.kv_cache import KVCache
@@ -106,28 +111,54 @@ class ModelRunner:
                 f"{rows.request_id}: row {rows.start}, but its slot stands at {self.table.num_computed_S[slot]}"
             )
             self.table.num_computed_S[slot] += rows.num_tokens
+<<<<<<< HEAD
         token_ids, logprobs, failed = self._sample(self._forward(inputs), inputs, plan.masks)
+=======
+        hidden_LD = self._forward(inputs)
+        if hidden_LD is None:
+            return StepResult(step_id=plan.step_id)
+        num_sampling = len(inputs.request_ids)
+        scores: dict[str, PromptLogprobs] = {}
+        unsound: dict[str, str] = {}
+        if inputs.prompt_rows:
+            scores, unsound = prompt_logprobs(
+                hidden_LD[num_sampling:], inputs.prompt_rows, self.model.logits, tile_rows=self._block_rows
+            )
+        token_ids, logprobs, failed = self._sample(hidden_LD[:num_sampling], inputs)
+        sampled = [i for i in inputs.request_ids if i not in failed]
+        sound = [n for n, request_id in enumerate(sampled) if request_id not in unsound]
+>>>>>>> main
         return StepResult(
             step_id=plan.step_id,
-            request_ids=tuple(i for i in inputs.request_ids if i not in failed),
-            token_ids=token_ids,
-            logprobs=logprobs,
-            failed=failed,
+            request_ids=tuple(sampled[n] for n in sound),
+            token_ids=tuple(token_ids[n] for n in sound),
+            logprobs=tuple(logprobs[n] for n in sound),
+            prompt_logprobs=scores,
+            failed=unsound | failed,
         )
 
+    @property
+    def _block_rows(self) -> int:
+        """Rows of logits that are computed at once, so that they never take more than a fixed workspace."""
+        return max(1, SAMPLER_ELEMENTS // self.model.config.vocab_size)
+
     def _forward(self, inputs: StepInputs) -> Tensor | None:
-        """Hidden states of the rows that sample; None when no row does (then the head is not computed)."""
-        if inputs.request_ids:
+        """Hidden states of the rows whose logits are wanted; None without any (then the head is not computed)."""
+        if len(inputs.batch.logits_index_L):
             hidden_LD: Tensor = self.model(inputs.batch, self.cache)
             return hidden_LD
         self.model.streams(inputs.batch, self.cache)
         return None
 
     def _sample(
+<<<<<<< HEAD
         self, hidden_LD: Tensor | None, inputs: StepInputs, masks: TokenMasks | None
+=======
+        self, hidden_LD: Tensor, inputs: StepInputs
+>>>>>>> main
     ) -> tuple[tuple[int, ...], tuple[TokenLogprobs | None, ...], dict[str, str]]:
         """Tokens and log probabilities of the rows that have one, and the requests that failed."""
-        if hidden_LD is None:
+        if not len(hidden_LD):
             return (), (), {}
         batch = self.table.sampling(inputs.slots_L)
         unmasked: dict[int, str] = {}
@@ -146,8 +177,8 @@ class ModelRunner:
         )
 
     def _sample_blocks(self, hidden_LD: Tensor, batch: SamplingBatch) -> Iterator[tuple[int, Sampled]]:
-        """(first row, its block), so that logits never take more than a fixed workspace."""
-        size = max(1, SAMPLER_ELEMENTS // self.model.config.vocab_size)
+        """(first row, its block)."""
+        size = self._block_rows
         for first in range(0, len(batch), size):
             logits_LV = self.model.logits(hidden_LD[first : first + size])
             yield first, sample(logits_LV, batch.rows(first, first + size), self.table.counts)

@@ -1,7 +1,11 @@
 """From logits to tokens, for the whole batch at once. A row's token depends on its logits, its parameters and its own
 random number: never on its neighbours.
 
+<<<<<<< HEAD
     raw logits -> grammar mask -> logit_bias -> repetition, presence, frequency -> min_tokens mask
+=======
+    raw logits -> logit_bias -> repetition, presence, frequency -> only allowed tokens, no banned ones -> a forced token
+>>>>>>> main
                -> temperature 0: the likeliest token, else
                -> temperature -> top_k -> top_p -> min_p -> one draw from what is left
 
@@ -20,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plan import TokenLogprobs
+from engine.plan import NOTHING_LEFT, TokenLogprobs
 from engine.runner.penalties import PenaltyCounts
 from engine.runner.token_mask import apply_token_mask, leaves_a_token
 
@@ -59,10 +63,20 @@ class SamplingBatch:
     banned_rows_N: np.ndarray
     """int64, ascending; each entry excludes one token."""
     banned_ids_N: np.ndarray
+<<<<<<< HEAD
     masked_rows_N: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """int64, ascending; each of these rows samples what its line of `mask_NW` allows."""
     mask_NW: np.ndarray = field(default_factory=lambda: np.empty((0, 0), dtype=np.int32))
     """int32 [rows, words]."""
+=======
+    allowed_rows_N: np.ndarray
+    """int64, ascending; each of these rows chooses among the tokens whose bit is set in"""
+    allowed_bits_NW: np.ndarray
+    """uint8 [N, ceil(V / 8)], lowest bit first."""
+    forced_rows_N: np.ndarray
+    """int64, ascending; each of these rows gets the token of"""
+    forced_ids_N: np.ndarray
+>>>>>>> main
 
     def __len__(self) -> int:
         return len(self.temperature_L)
@@ -75,7 +89,12 @@ class SamplingBatch:
     def rows(self, start: int, stop: int) -> "SamplingBatch":
         bias = slice(*np.searchsorted(self.bias_rows_N, (start, stop)))
         banned = slice(*np.searchsorted(self.banned_rows_N, (start, stop)))
+<<<<<<< HEAD
         masked = slice(*np.searchsorted(self.masked_rows_N, (start, stop)))
+=======
+        allowed = slice(*np.searchsorted(self.allowed_rows_N, (start, stop)))
+        forced = slice(*np.searchsorted(self.forced_rows_N, (start, stop)))
+>>>>>>> main
         return replace(
             self,
             temperature_L=self.temperature_L[start:stop],
@@ -91,6 +110,7 @@ class SamplingBatch:
             bias_values_N=self.bias_values_N[bias],
             banned_rows_N=self.banned_rows_N[banned] - start,
             banned_ids_N=self.banned_ids_N[banned],
+<<<<<<< HEAD
             masked_rows_N=self.masked_rows_N[masked] - start,
             mask_NW=self.mask_NW[masked],
         )
@@ -110,6 +130,12 @@ class SamplingBatch:
             mask_NW=mask_NW,
             banned_rows_N=self.banned_rows_N[kept_N],
             banned_ids_N=self.banned_ids_N[kept_N],
+=======
+            allowed_rows_N=self.allowed_rows_N[allowed] - start,
+            allowed_bits_NW=self.allowed_bits_NW[allowed],
+            forced_rows_N=self.forced_rows_N[forced] - start,
+            forced_ids_N=self.forced_ids_N[forced],
+>>>>>>> main
         )
 
 
@@ -152,7 +178,7 @@ def sample(logits_LV: Tensor, batch: SamplingBatch, counts: PenaltyCounts) -> Sa
 
     failed = {int(row): "the model's output is not finite" for row in np.flatnonzero(sound == 0)}
     for row in np.flatnonzero((sound == 1) & (possible == 0)):
-        failed[int(row)] = "the sampling parameters leave no token to choose"
+        failed[int(row)] = NOTHING_LEFT
     return Sampled(token_ids_L=ids, logprobs_L=_logprobs(logits_LV, batch, ids, failed), failed=failed)
 
 
@@ -223,9 +249,16 @@ def _draw_parameters(batch: SamplingBatch, rows_N: np.ndarray, like: Tensor) -> 
 
 
 def _adjust(logits_LV: Tensor, batch: SamplingBatch, counts: PenaltyCounts) -> Tensor:
+<<<<<<< HEAD
     """Masks, bias and penalties; a new tensor if there is anything to change."""
     penalized_N = np.flatnonzero(batch.penalized_L)
     if not (len(batch.bias_rows_N) or len(penalized_N) or len(batch.banned_rows_N) or len(batch.masked_rows_N)):
+=======
+    """Bias, penalties and masks; a new tensor if there is anything to change."""
+    penalized_N = np.flatnonzero(batch.penalized_L)
+    changes = (batch.bias_rows_N, penalized_N, batch.banned_rows_N, batch.allowed_rows_N, batch.forced_rows_N)
+    if not any(len(rows_N) for rows_N in changes):
+>>>>>>> main
         return logits_LV
     adjusted_LV = logits_LV.clone()
     if len(batch.masked_rows_N):
@@ -241,7 +274,22 @@ def _adjust(logits_LV: Tensor, batch: SamplingBatch, counts: PenaltyCounts) -> T
     if len(batch.banned_rows_N):
         where = _to(np.stack([batch.banned_rows_N, batch.banned_ids_N]), logits_LV)
         adjusted_LV[where[0], where[1]] = float("-inf")
+    if len(batch.allowed_rows_N):
+        rows_N = _to(batch.allowed_rows_N, logits_LV)
+        adjusted_LV[rows_N] = only_allowed(adjusted_LV[rows_N], _to(batch.allowed_bits_NW, logits_LV))
+    if len(batch.forced_rows_N):
+        where = _to(np.stack([batch.forced_rows_N, batch.forced_ids_N]), logits_LV)
+        adjusted_LV[where[0]] = float("-inf")
+        # Any finite number: the raw one may have been banned, biased or masked away.
+        adjusted_LV[where[0], where[1]] = 0.0
     return adjusted_LV
+
+
+def only_allowed(logits_NV: Tensor, bits_NW: Tensor) -> Tensor:
+    """Logits with minus infinity where a token's bit is not set; bits are uint8 [N, ceil(V / 8)], lowest bit first."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits_NW.device)
+    allowed_NV = ((bits_NW.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, : logits_NV.shape[-1]]
+    return logits_NV.masked_fill(allowed_NV == 0, float("-inf"))
 
 
 def _logprobs(
@@ -268,18 +316,22 @@ def _logprobs(
 
 def _top(raw_NV: Tensor, log_probs_NV: Tensor, most: int) -> tuple[list[list[int]], list[list[float]]]:
     """Ids and log probabilities of the `most` likeliest tokens of each row."""
-    if most == 0:
-        empty_ids: list[list[int]] = [[] for _ in raw_NV]
-        empty: list[list[float]] = [[] for _ in raw_NV]
-        return empty_ids, empty
-    _, ids_NK, known_N = sorted_prefix(raw_NV, most + _TIE_ROOM)
-    ids_NK = ids_NK[:, :most]
-    tied_N = (known_N < most).nonzero().squeeze(-1)
-    if len(tied_N):
-        ids_NK[tied_N] = sorted_prefix(raw_NV[tied_N], raw_NV.shape[-1])[1][:, :most]
+    ids_NK = likeliest(raw_NV, most)
     ids: list[list[int]] = ids_NK.tolist()
     log_probs: list[list[float]] = log_probs_NV.gather(-1, ids_NK).tolist()
     return ids, log_probs
+
+
+def likeliest(x_NV: Tensor, count: int) -> Tensor:
+    """Ids [N, count] of the highest values of each row, best first, ties by lower id."""
+    if count == 0:
+        return torch.empty((len(x_NV), 0), dtype=torch.int64, device=x_NV.device)
+    _, ids_NK, known_N = sorted_prefix(x_NV, count + _TIE_ROOM)
+    ids_NK = ids_NK[:, :count]
+    tied_N = (known_N < count).nonzero().squeeze(-1)
+    if len(tied_N):
+        ids_NK[tied_N] = sorted_prefix(x_NV[tied_N], x_NV.shape[-1])[1][:, :count]
+    return ids_NK
 
 
 def _take(x_LV: Tensor, rows_N: np.ndarray) -> Tensor:

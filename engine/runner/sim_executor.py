@@ -19,8 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import EngineConfig, MachineFacts, ResolvedConfig, resolve
+<<<<<<< HEAD
 from engine.grammar.masks import TokenMasks
 from engine.plan import NewRequest, ScheduledTokens, StepPlan, StepResult, TokenLogprobs
+=======
+from engine.messages import SamplingParams, unpack_ids
+from engine.plan import NOTHING_LEFT, NewRequest, PromptLogprobs, ScheduledTokens, StepPlan, StepResult, TokenLogprobs
+>>>>>>> main
 from model.config import ModelConfig, load_config
 from model.kv_layout import PAGE_TOKENS
 from model.presets import preset
@@ -97,6 +102,10 @@ class _Record:
     def num_output(self) -> int:
         return self.num_tokens - self.new.num_prompt_tokens
 
+    @property
+    def output(self) -> list[int]:
+        return [*self.new.token_ids[self.new.num_prompt_tokens :].tolist(), *self.sampled]
+
     def raw_tokens(self, start: int, end: int) -> bytes:
         """Tokens [start, end) as int32 little-endian bytes."""
         known = len(self.new.token_ids)
@@ -148,17 +157,32 @@ class SimExecutor:
             self._learn(new)
         self._move(plan)
         sampled: list[tuple[str, int, TokenLogprobs | None]] = []
+<<<<<<< HEAD
         allowed, failed = ({}, {}) if plan.masks is None else _allowed(plan.masks)
+=======
+        failed: dict[str, str] = {}
+        prompt_logprobs: dict[str, PromptLogprobs] = {}
+>>>>>>> main
         for rows in plan.scheduled:
             record = self._run_rows(rows)
+            scores = self._prompt_logprobs(record, rows)
+            if scores is not None:
+                prompt_logprobs[rows.request_id] = scores
             if not rows.samples:
                 continue
             if rows.request_id in self._faults.fail_requests:
                 failed[rows.request_id] = self._faults.fail_requests[rows.request_id]
                 continue
+<<<<<<< HEAD
             if rows.request_id in failed:
                 continue
             token_id = self._sample(record, allowed.get(rows.request_id))
+=======
+            token_id = self._sample(record)
+            if token_id is None:
+                failed[rows.request_id] = NOTHING_LEFT
+                continue
+>>>>>>> main
             record.sampled.append(token_id)
             sampled.append((rows.request_id, token_id, self._logprobs(record, token_id)))
         for slot, position, snapshot in plan.slot_snapshots:
@@ -175,6 +199,7 @@ class SimExecutor:
             request_ids=tuple(s[0] for s in sampled),
             token_ids=tuple(s[1] for s in sampled),
             logprobs=tuple(s[2] for s in sampled),
+            prompt_logprobs=prompt_logprobs,
             failed=failed,
             seconds=seconds,
         )
@@ -291,14 +316,21 @@ class SimExecutor:
             page.content[first:] = record.raw_tokens(start, stop)
             start = stop
 
+<<<<<<< HEAD
     def _sample(self, record: _Record, allowed: np.ndarray | None) -> int:
         """`allowed`: ids of the tokens to choose from; None: all."""
+=======
+    def _sample(self, record: _Record) -> int | None:
+        """The next token; None when what the request excludes leaves none."""
+>>>>>>> main
         sampling = record.new.sampling
+        forced = _forced(sampling, record.output)
+        if forced is not None:
+            return forced
         if self._script is not None:
             answer = self._script(record.new.token_ids[: record.new.num_prompt_tokens])
-            if record.num_output < len(answer):
-                return answer[record.num_output]
-            return self.eos_token_id
+            place = _place(answer, sampling, record.output)
+            return self._permitted(answer[place] if place < len(answer) else self.eos_token_id, record, set())
         early = record.num_output < sampling.min_tokens
         may_end = not early and not sampling.ignore_eos
         assert sampling.seed is not None
@@ -316,9 +348,36 @@ class SimExecutor:
             return int(others[word % len(others)])
         token_id = word % self.model.vocab_size
         masked = {self.eos_token_id, *(sampling.stop_token_ids if early else ())}
-        while token_id in masked:
-            token_id = (token_id + 1) % self.model.vocab_size
-        return token_id
+        return self._permitted(token_id, record, masked)
+
+    def _permitted(self, token_id: int, record: _Record, masked: set[int]) -> int | None:
+        """The first token from `token_id` on that neither `masked` nor the request excludes."""
+        sampling, output = record.new.sampling, record.output
+        if not (masked or sampling.bad_words or sampling.allowed_token_ids):
+            return token_id
+        banned = masked | {w[-1] for w in sampling.bad_words if output[len(output) - len(w) + 1 :] == [*w[:-1]]}
+        everything = range(self.model.vocab_size)
+        allowed = everything if sampling.allowed_token_ids is None else sorted(unpack_ids(sampling.allowed_token_ids))
+        left = (t for t in (*(t for t in allowed if t >= token_id), *allowed) if t not in banned)
+        found = next(left, None)
+        return None if found is None else int(found)
+
+    def _prompt_logprobs(self, record: _Record, rows: ScheduledTokens) -> PromptLogprobs | None:
+        """Like `_logprobs`, for the prompt tokens that these rows predict."""
+        num_top, prompt = record.new.sampling.prompt_logprobs, record.new.num_prompt_tokens
+        first, stop = rows.start + 1, min(rows.start + rows.num_tokens + 1, prompt)
+        if num_top is None or first >= stop:
+            return None
+        token_ids_N = record.new.token_ids[first:stop]
+        top_ids_NK = (token_ids_N[:, None] + np.arange(num_top)) % self.model.vocab_size
+        halves_K = -np.arange(1, num_top + 1) * math.log(2.0)
+        return PromptLogprobs(
+            start=first,
+            logprobs_N=np.full(len(token_ids_N), math.log(0.5), dtype=np.float32),
+            ranks_N=np.ones(len(token_ids_N), dtype=np.int32),
+            top_ids_NK=top_ids_NK.astype(np.int32),
+            top_logprobs_NK=np.broadcast_to(halves_K, top_ids_NK.shape).astype(np.float32),
+        )
 
     def _logprobs(self, record: _Record, token_id: int) -> TokenLogprobs | None:
         count = record.new.sampling.logprobs
@@ -354,12 +413,31 @@ def sim_config(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     return resolve(config, model, facts)
 
 
+<<<<<<< HEAD
 def _allowed(masks: TokenMasks) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """By request: ids of the tokens that the mask allows, and why there is no mask."""
     mask_NW, failed = masks.wait()
     bits_NV = np.unpackbits(mask_NW.view(np.uint8), axis=1, bitorder="little")
     allowed = {request_id: np.flatnonzero(row) for request_id, row in zip(masks.request_ids, bits_NV, strict=True)}
     return allowed, {masks.request_ids[row]: f"no mask ({why})" for row, why in failed.items()}
+=======
+def _forced(sampling: SamplingParams, output: Sequence[int]) -> int | None:
+    """The token that must come next."""
+    forced = sampling.forced_token
+    if forced is None or len(output) < forced.after or not {forced.token_id, *forced.unless}.isdisjoint(output):
+        return None
+    return forced.token_id
+
+
+def _place(answer: Sequence[int], sampling: SamplingParams, output: Sequence[int]) -> int:
+    """Where a scripted answer goes on; a forced token cuts it short up to its own such token."""
+    forced = sampling.forced_token
+    if forced is None or len(output) <= forced.after or output[forced.after] != forced.token_id:
+        return len(output)
+    if forced.token_id not in answer or not {forced.token_id, *forced.unless}.isdisjoint(answer[: forced.after]):
+        return len(output)
+    return list(answer).index(forced.token_id) + len(output) - forced.after
+>>>>>>> main
 
 
 def _hang(seconds: float) -> None:

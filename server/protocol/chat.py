@@ -6,28 +6,24 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from server import limits
-from server.errors import bad_request
+from server.chat_request import ChatRequest
+from server.errors import bad_request, echo, unsupported
 from server.generation import TokenLogprob
 from server.protocol import sse
 from server.protocol.common import (
-    ACCEPTED_WITHOUT_EFFECT,
     LARGEST_INT32,
-    REFUSED_EVERYWHERE,
     SYSTEM_FINGERPRINT,
+    FormatFields,
     SamplingFields,
     ThinkingFields,
 )
-
-DEFAULT_TOKENS_CHAT = 8192
-DEFAULT_TOKENS_THINKING = 65536
-DEFAULT_TOKENS_MAX_EFFORT = 131072
-"""max_tokens of a request that names none (DeepSeek's API); clipped to the room that the prompt leaves."""
+from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REFUSED_EVERYWHERE
+from server.protocol.tools import MOST_TOOLS, read_tool_choice, read_tools
+from server.text.effort import PromptError, Tier, resolve_thinking
 
 
-class ChatBody(SamplingFields, ThinkingFields):
+class ChatBody(SamplingFields, ThinkingFields, FormatFields):
     REFUSED = REFUSED_EVERYWHERE | {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "audio": (),
@@ -44,13 +40,19 @@ class ChatBody(SamplingFields, ThinkingFields):
         "include_reasoning": (True,),
         "separate_reasoning": (True,),
         "stream_reasoning": (True,),
-        "thinking_token_budget": (),
+        "max_dynamic_patch": (),
+        "min_dynamic_patch": (),
+        "use_audio_in_video": (False,),
+        "add_special_tokens": (False,),
         "task": (),
     }
-    IGNORED = ACCEPTED_WITHOUT_EFFECT | {"add_special_tokens"}
+    IGNORED = ACCEPTED_WITHOUT_EFFECT
 
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=limits.MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=LARGEST_INT32)] | None = None
+    tools: list[Any] = Field(default_factory=list, max_length=MOST_TOOLS)
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=limits.MOST_LOGPROBS)] | None = None
 
@@ -58,17 +60,35 @@ class ChatBody(SamplingFields, ThinkingFields):
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs should be set along with logprobs = true", param="top_logprobs")
+        if self.n > 1:
+            raise unsupported("n", "Invalid n value (currently only n = 1 is supported)")
+        if self.prompt_logprobs is not None:
+            raise unsupported("prompt_logprobs")
 
-    @property
-    def requested_tokens(self) -> tuple[int | None, str]:
-        """The explicit bound on the answer, and the field it came from; the newer field wins."""
-        if self.max_completion_tokens is not None:
-            return self.max_completion_tokens, "max_completion_tokens"
-        return self.max_tokens, "max_tokens"
+    def chat_request(self) -> ChatRequest:
+        """The same request in the words of no API. Raises ApiError 400 with `param`."""
+        thinking, tier = thinking_of(self)
+        choice, tools = read_tool_choice(self.tool_choice, self.parallel_tool_calls, read_tools(self.tools))
+        newer = self.max_completion_tokens is not None
+        return ChatRequest(
+            messages=self.messages,
+            tools=tools,
+            tool_choice=choice,
+            thinking=thinking,
+            tier=tier,
+            fields=self,
+            max_tokens=self.max_completion_tokens if newer else self.max_tokens,
+            max_tokens_param="max_completion_tokens" if newer else "max_tokens",
+            num_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
 
-    @property
-    def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+
+def thinking_of(body: ThinkingFields) -> tuple[bool, Tier | None]:
+    """Whether and how hard the model thinks. Raises ApiError 400 with `param`."""
+    try:
+        return resolve_thinking(body.thinking, body.reasoning_effort, body.chat_template_kwargs)
+    except PromptError as error:
+        raise bad_request(echo(str(error)), param=error.param) from None
 
 
 def chat_logprobs(rows: Sequence[TokenLogprob], *, thinking: bool) -> dict[str, Any]:

@@ -1,33 +1,24 @@
 """POST /v1/chat/completions."""
 
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.errors import ApiError, bad_request, echo
+from server.chat_run import start_chat
+from server.errors import ApiError
 from server.generation import GenerationEvent, TokenLogprob, Usage
 from server.middleware import context_of
 from server.protocol import sse
-from server.protocol.chat import (
-    DEFAULT_TOKENS_CHAT,
-    DEFAULT_TOKENS_MAX_EFFORT,
-    DEFAULT_TOKENS_THINKING,
-    ChatBody,
-    ChatChunks,
-    chat_answer,
-    chat_logprobs,
-)
-from server.protocol.common import ThinkingFields, usage_counts
-from server.routes.call import check_text_length, completion_budget, estimated_tokens, off_loop, read_body, state_of
-from server.routes.generate import Job, answer_id, run
+from server.protocol.chat import ChatBody, ChatChunks, chat_answer, chat_logprobs
+from server.protocol.common import usage_counts
+from server.routes.call import read_body, state_of
+from server.routes.generate import answer_id
 from server.routes.stream import EventStream, until_disconnect
-from server.state import Serving
-from server.text.effort import PromptError, resolve_thinking
-from server.text.prompt import Prompt, render_chat
+from server.text.prompt import Prompt
 
 router = APIRouter()
 
@@ -41,64 +32,16 @@ async def chat_completions(request: Request) -> Response:
     state, context = state_of(request), context_of(request.scope)
     serving = state.serving()
     state.check_model(body.model)
+    chat = body.chat_request()
     with ExitStack() as stack:
-        ticket = stack.enter_context(state.admission.enter(context.key_id, estimated_tokens(num_bytes)))
-        prompt, tier = await off_loop(num_bytes, lambda: render(serving, body, body.messages))
-        ticket.count(len(prompt.token_ids))
-        requested, limit_param = body.requested_tokens
-        max_tokens = completion_budget(
-            serving,
-            len(prompt.token_ids),
-            requested,
-            default_tokens(tier, thinking=prompt.thinking),
-            param="messages",
-            limit_param=limit_param,
-        )
-        job = Job(
-            prompt_ids=prompt.token_ids,
-            sampling=body.sampling(serving.info, max_tokens, body.num_logprobs),
-            ticket=ticket,
-            parse="chat",
-            starts_in=prompt.starts_in,
-            continues=prompt.continues,
-            turn_start=prompt.turn_start,
-        )
-        events = run(state, serving, context, body, job)
+        run = await start_chat(state, serving, context, chat, num_bytes, stack)
         if body.stream:
             chunks = ChatChunks(
                 answer_id("chatcmpl"), int(time.time()), state.model_name, include_usage=body.include_usage
             )
-            return EventStream(_stream(events, chunks, body, prompt), state, stack.pop_all().close)
-        answer = await until_disconnect(request, state, _whole(events, state.model_name, body, prompt))
+            return EventStream(_stream(run.choices[0], chunks, body, run.prompt), state, stack.pop_all().close)
+        answer = await until_disconnect(request, state, _whole(run.choices[0], state.model_name, body, run.prompt))
         return Response(answer, media_type="application/json")
-
-
-def render(serving: Serving, body: ThinkingFields, messages: list[dict[str, Any]]) -> tuple[Prompt, str | None]:
-    """The prompt of a conversation and the tier of its effort. Raises ApiError 400 with `param`."""
-    check_text_length(serving, _contents(messages), special=False, param="messages")
-    try:
-        thinking, tier = resolve_thinking(body.thinking, body.reasoning_effort, body.chat_template_kwargs)
-        return render_chat(serving.tokenizer, messages, thinking=thinking, reasoning_effort=tier), tier
-    except PromptError as error:
-        # No tools are passed on, so what the encoder blames on them stood in a message.
-        param = "messages" if error.param.startswith("tool") else error.param
-        raise bad_request(echo(str(error)), param=param) from None
-
-
-def _contents(messages: list[dict[str, Any]]) -> Iterator[str]:
-    """Texts of the messages that are always rendered; shapes are checked later."""
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else [{"text": content}]:
-            text = part.get("text") if isinstance(part, dict) else None
-            if isinstance(text, str):
-                yield text
-
-
-def default_tokens(tier: str | None, *, thinking: bool) -> int:
-    if not thinking:
-        return DEFAULT_TOKENS_CHAT
-    return DEFAULT_TOKENS_MAX_EFFORT if tier == "max" else DEFAULT_TOKENS_THINKING
 
 
 class _Extras:

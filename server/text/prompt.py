@@ -29,7 +29,7 @@ class Prompt:
     text: str
     """The same prompt as text, special tokens spelled out."""
     thinking: bool
-    starts_in: Literal["reasoning", "content"]
+    starts_in: Literal["reasoning", "content", "calls"]
     """What the first generated token belongs to."""
     continues: bool = False
     """The prompt ends inside a message (`prefix`), so leading newlines of the answer are part of it."""
@@ -64,30 +64,40 @@ def render_chat(
         "messages": [_message(message, f"messages[{n}]") for n, message in enumerate(messages)],
         "thinking": {"type": "enabled" if thinking else "disabled"},
         "reasoning_effort": RENDERED_TIERS[effort_table][tier],
-        "tools": None if tools is None else list(tools),
+        "tools": None if tools is None else [_lenient(tool) for tool in tools],
         "tool_choice": tool_choice,
         "response_format": response_format,
     }
     present = {key: value for key, value in body.items() if value is not None}
-    try:
-        request = deepseek_recipe.ChatCompletionRequest(present).convert(deepseek_recipe.ConversionOptions())
-    except UnicodeEncodeError as error:
-        raise PromptError("The text holds half of a surrogate pair, which is not Unicode.", "messages") from error
-    except (deepseek_recipe.ConversionError, ValueError, TypeError) as error:
-        message = str(error).removeprefix("invalid request body: ")
-        raise PromptError(_shortened(message), _blamed_param(message)) from error
+    request = _convert(present)
     rendered = deepseek_recipe.DeepseekV4Encoding().render_conversation(request.conversation)
-    stage = request.parsing_options.thinking_initial_stage
+    options = request.parsing_options
+    stage = options.thinking_initial_stage
+    starts_in: Literal["reasoning", "content", "calls"] = "content"
+    if options.starts_in_tool_calls:
+        starts_in = "calls"
+    elif stage is not None and stage.starts_in_reasoning():
+        starts_in = "reasoning"
     token_ids = _encode(tokenizer, rendered.prompt, rendered.special_ranges)
     opened = np.flatnonzero(token_ids == tokenizer.required_id(ASSISTANT))
     return Prompt(
         token_ids=token_ids,
         text=rendered.prompt,
         thinking=thinking,
-        starts_in="reasoning" if stage is not None and stage.starts_in_reasoning() else "content",
-        continues=_continues(body["messages"][-1], thinking) or request.parsing_options.starts_in_tool_calls,
+        starts_in=starts_in,
+        continues=_continues(body["messages"][-1], thinking),
         turn_start=int(opened[-1]) if len(opened) else 0,
     )
+
+
+def _convert(body: dict[str, Any]) -> deepseek_recipe.ConversationRequest:
+    try:
+        return deepseek_recipe.ChatCompletionRequest(body).convert(deepseek_recipe.ConversionOptions())
+    except UnicodeEncodeError as error:
+        raise PromptError("The text holds half of a surrogate pair, which is not Unicode.", "messages") from error
+    except (deepseek_recipe.ConversionError, ValueError, TypeError) as error:
+        message = str(error).removeprefix("invalid request body: ")
+        raise PromptError(_shortened(message), _blamed_param(message)) from error
 
 
 def _encode(tokenizer: Tokenizer, text: str, special_ranges: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -182,6 +192,43 @@ def _unicode(text: str, param: str) -> str:
     except UnicodeEncodeError as error:
         raise PromptError(f"{param} holds half of a surrogate pair, which is not Unicode", param) from error
     return text
+
+
+def _lenient(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A strict tool as a free one with the schema that a strict one shows.
+
+    The library normalises strict schemas, and refuses a request with both kinds and keywords of its own choice; what is
+    enforced is not its business. A schema that it would refuse is shown as it stands.
+    """
+    function = tool.get("function")
+    if not isinstance(function, Mapping) or function.get("strict") is not True:
+        return tool
+    free = {key: value for key, value in function.items() if key != "strict"}
+    strict = {**function, "parameters": _with_def(function.get("parameters"))}
+    body = {
+        "model": _MODEL,
+        "messages": [{"role": "user", "content": ""}],
+        "tools": [{"type": "function", "function": strict}],
+    }
+    try:
+        (shown,) = _convert(body).conversation.tools
+    except PromptError:
+        return {**tool, "function": free}
+    return {**tool, "function": {**free, "parameters": shown.parameters}}
+
+
+def _with_def(schema: Any) -> Any:
+    """`$defs` under the name that the library keeps."""
+    if isinstance(schema, list):
+        return [_with_def(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    renamed = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str):
+            value = value.replace("#/$defs/", "#/$def/")
+        renamed["$def" if key == "$defs" else key] = _with_def(value)
+    return renamed
 
 
 def _continues(last: Mapping[str, Any], thinking: bool) -> bool:
