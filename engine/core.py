@@ -13,7 +13,6 @@ import msgspec
 
 from engine.executor import Executor, StepError
 from engine.grammar.compiler import COPY_BYTES, GrammarCompiler, GrammarError
-from engine.grammar.masks import MaskFiller
 from engine.grammar.matcher import GrammarMatcher
 from engine.kv.hashing import PageKeys
 from engine.messages import (
@@ -67,10 +66,7 @@ class EngineCore:
     ) -> None:
         layout = executor.config.layout(executor.model)
         self.executor = executor
-        self._masks = MaskFiller()
-        self.scheduler = Scheduler(
-            executor.config, layout, eos_token_id=executor.eos_token_id, fill_masks=self._masks.fill
-        )
+        self.scheduler = Scheduler(executor.config, layout, eos_token_id=executor.eos_token_id)
         self._grammars = GrammarCompiler(
             executor.config.model_dir, vocab_size=executor.model.vocab_size, eos_token_id=executor.eos_token_id
         )
@@ -116,7 +112,7 @@ class EngineCore:
             return False
         finally:
             self._grammars.close()
-            self._masks.close()
+            self.scheduler.grammars.close()
             self.executor.close()
         return True
 
@@ -199,14 +195,15 @@ class EngineCore:
             self.scheduler.refuse(message.request_id, "The engine could not read this request.")
         else:
             request.keys = keys
-            request.matcher = matcher
+            if matcher is not None:
+                self.scheduler.grammars.add(request.request_id, matcher)
             self.scheduler.add(request)
 
     def _stats(self) -> EngineStats:
         return self._with_grammars(self.scheduler.stats())
 
     def _with_grammars(self, stats: EngineStats) -> EngineStats:
-        num_grammars = self.scheduler.num_constrained + len(self._compiling)
+        num_grammars = len(self.scheduler.grammars) + len(self._compiling)
         return msgspec.structs.replace(
             stats, num_grammars=num_grammars, grammar_bytes=self._grammars.used_bytes + COPY_BYTES * num_grammars
         )

@@ -73,6 +73,8 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     after: int | None = None
     """The token behind which the text begins; before it any ordinary token may stand, and the answer cannot end.
     None: it begins with the first token."""
+    markers: tuple[int, ...] = ()
+    """Tokens of the added vocabulary that the text may use, whatever it says. The end of sequence is always one."""
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):

@@ -5,7 +5,6 @@ from enum import Enum
 import msgspec
 import numpy as np
 
-from engine.grammar.matcher import GrammarMatcher
 from engine.kv.grant import Grant
 from engine.kv.hashing import PageKeys
 from engine.kv.resume import MissReason
@@ -45,7 +44,6 @@ class Request:
         "keys",
         "last_step_id",
         "latest_start",
-        "matcher",
         "miss_reason",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -100,13 +98,8 @@ class Request:
         """Tokens of the prompt that were not computed when the request first started."""
         self.keys: PageKeys | None = None
         """None: nothing of the request is looked up or cached."""
-<<<<<<< HEAD
-        self.matcher: GrammarMatcher | None = None
-        """Follows the answer; it moves with the tokens known, so a preemption does not touch it."""
-=======
         self.prompt_logprobs: list[PromptLogprobs] | None = None if sampling.prompt_logprobs is None else []
         """Chunks that cover the computed part of the prompt; None when they are not wanted (any more)."""
->>>>>>> main
         self.miss_reason: MissReason | None = None
         """Why no more was cached, from the first start on."""
         self.stops: dict[int, SnapshotKind] = dict.fromkeys(self.snapshot_positions, "prompt_end")

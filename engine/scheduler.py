@@ -14,7 +14,6 @@ told to forget the request at the start of the next plan, before anything in tha
 import logging
 import secrets
 from collections import Counter
-from collections.abc import Callable, Sequence
 
 from engine import policy, victims
 from engine.admission_order import AdmissionOrder
@@ -22,18 +21,13 @@ from engine.budget import StepBudget
 from engine.config import ResolvedConfig
 from engine.cost_model import CostModel, StepFeatures, cost_prior
 from engine.fairness import FavouredShare, TenantClock
-from engine.grammar.masks import TokenMasks
-from engine.grammar.matcher import GrammarMatcher
+from engine.grammar.active import ActiveGrammars
 from engine.kv.grant import Moves, Shortage
 from engine.kv.hashing import PageHasher, PageKeys
 from engine.kv.manager import KVManager
 from engine.messages import EngineStats, FinishReason, RequestError, StepOutputs
 from engine.outputs import OutputColumns
-<<<<<<< HEAD
-from engine.plan import ScheduledTokens, StepPlan, StepResult, TokenLogprobs
-=======
 from engine.plan import NOTHING_LEFT, StepPlan, StepResult, TokenLogprobs
->>>>>>> main
 from engine.request import Request, RequestStatus
 from engine.resume_costs import CopyAndComputeCosts
 from engine.stats import DrainMeter, Totals
@@ -42,24 +36,14 @@ from model.kv_layout import KVLayout
 
 logger = logging.getLogger(__name__)
 
-FillMasks = Callable[[Sequence[tuple[str, GrammarMatcher]]], TokenMasks]
-
 
 class Scheduler:
     """All requests of one engine. One plan is in flight at most."""
 
     def __init__(
-        self,
-        config: ResolvedConfig,
-        layout: KVLayout,
-        *,
-        eos_token_id: int,
-        costs: CostModel | None = None,
-        fill_masks: FillMasks | None = None,
+        self, config: ResolvedConfig, layout: KVLayout, *, eos_token_id: int, costs: CostModel | None = None
     ) -> None:
-        """`costs` predicts steps and learns from them; None: one that starts from the model's arithmetic.
-        `fill_masks` begins to fill the masks of requests with a grammar; without it there are none.
-        """
+        """`costs` predicts steps and learns from them; None: one that starts from the model's arithmetic."""
         self.config = config
         self.costs = costs or CostModel(layout.config, cost_prior(layout.config, config.device))
         self._resume_costs = CopyAndComputeCosts(self.costs, config.device)
@@ -76,12 +60,11 @@ class Scheduler:
         if config.enable_prefix_cache:
             self.hasher = PageHasher(secrets.token_bytes(32), _model_epoch(config), layout.page_tokens)
         self.totals = Totals()
+        self.grammars = ActiveGrammars()
+        """Of `requests`; a matcher is added with its request."""
         self.requests: dict[str, Request] = {}
         """Queued and running, by id."""
         self._eos_token_id = eos_token_id
-        self._fill_masks = fill_masks
-        self._constrained: set[str] = set()
-        """Requests with a grammar."""
         self._tenants = TenantClock()
         self._share = FavouredShare(config.scheduling.long_prefill_share)
         self._admission = AdmissionOrder(config, self.kv, self._tenants)
@@ -112,11 +95,6 @@ class Scheduler:
         return len(self._running)
 
     @property
-    def num_constrained(self) -> int:
-        """Requests with a grammar."""
-        return len(self._constrained)
-
-    @property
     def num_waiting(self) -> int:
         return len(self._admission.waiting)
 
@@ -124,9 +102,6 @@ class Scheduler:
         """Queue a request; one that can never fit ends at once with `too_large`. Ids of live requests are unique."""
         assert request.request_id not in self.requests, f"{request.request_id} is known"
         self.requests[request.request_id] = request
-        if request.matcher is not None:
-            assert self._fill_masks is not None, "nobody fills masks"
-            self._constrained.add(request.request_id)
         request.service = policy.service_class(request.num_prompt_tokens, self.config.scheduling)
         self._tenants.enter(request.tenant)
         if request.keys is None and self.hasher is not None:
@@ -186,7 +161,7 @@ class Scheduler:
             slot_restores=tuple(moves.slot_restores),
             replays=tuple(moves.replays),
             slot_snapshots=tuple(moves.slot_snapshots),
-            masks=self._masks(step.rows),
+            masks=self.grammars.fill([row.request_id for row in step.rows if row.samples]),
         )
         self._forget.clear()
         self._in_flight = plan
@@ -254,6 +229,7 @@ class Scheduler:
         queued = {r.request_id for r in waiting}
         assert not queued & set(self._running), "a request is in two queues"
         assert queued | set(self._running) == set(self.requests), "a request is in no queue"
+        assert self.grammars.request_ids <= set(self.requests), "a grammar of nobody"
         assert len(waiting) == len(self._admission.waiting) == len(queued), "the waiting are miscounted"
         assert all(r.grant is None and r.status is RequestStatus.QUEUED for r in waiting)
         self._tenants.check(dict(Counter(r.tenant for r in self.requests.values())))
@@ -265,17 +241,6 @@ class Scheduler:
             assert request.num_computed_tokens <= covered, f"{request.request_id} has rows outside its pages"
         holders = len(self._running) + len(self._fenced) + self.kv.num_departing
         assert self.config.max_num_seqs - self.kv.num_free_slots == holders, "a slot is held by nobody"
-
-    def _masks(self, rows: Sequence[ScheduledTokens]) -> TokenMasks | None:
-        if not self._constrained or self._fill_masks is None:
-            return None
-        wanted: list[tuple[str, GrammarMatcher]] = []
-        for row in rows:
-            if row.samples and row.request_id in self._constrained:
-                matcher = self.requests[row.request_id].matcher
-                assert matcher is not None
-                wanted.append((row.request_id, matcher))
-        return self._fill_masks(wanted) if wanted else None
 
     def _queue(self, request: Request) -> None:
         """Predict a request's work and let it wait."""
@@ -394,15 +359,12 @@ class Scheduler:
     def _commit_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request.append(token_id)
         self.totals.generation_tokens += 1
-<<<<<<< HEAD
-        if request.matcher is not None and not request.matcher.advance(token_id):
-            self._fail(request.request_id, f"token outside the grammar ({request.matcher.error})")
-            return
-=======
         if request.prompt_logprobs is not None:
             self._news.add_prompt_logprobs(request.request_id, request.prompt_logprobs)
             request.prompt_logprobs = None
->>>>>>> main
+        if not self.grammars.advance(request.request_id, token_id):
+            self._fail(request.request_id, "a token outside the grammar")
+            return
         reason = self._stop_reason(request, token_id)
         if reason is None:
             self._news.add(request, (token_id,), logprobs)
@@ -421,7 +383,7 @@ class Scheduler:
         if stops and request.num_output_tokens > sampling.min_tokens:
             return "stop"
         # Where nothing can follow, the grammar ends the answer whatever ignore_eos and min_tokens say.
-        if request.matcher is not None and request.matcher.is_done:
+        if self.grammars.has_ended(request.request_id):
             return "stop"
         if request.num_output_tokens >= sampling.max_tokens or request.num_tokens >= self.config.max_model_len:
             return "length"
@@ -444,20 +406,13 @@ class Scheduler:
     def _fail(self, request_id: str, why: str) -> None:
         request = self.requests.get(request_id)
         if request is not None:
-<<<<<<< HEAD
-            logger.error("request %s failed: %s", request_id, why)
-            message = "The engine could not compute this request."
-            if request.matcher is not None and request.matcher.error is not None:
-                message = f"The answer could not be kept in its grammar ({request.matcher.error})."
-            self._finish(request, "error", error=RequestError("internal", message))
-=======
             if why == NOTHING_LEFT:
                 error = RequestError("no_token_left", "What this request excludes leaves no token to choose.")
             else:
                 logger.error("request %s failed: %s", request_id, why)
-                error = RequestError("internal", "The engine could not compute this request.")
+                complaint = self.grammars.complaint(request_id) or "The engine could not compute this request."
+                error = RequestError("internal", complaint)
             self._finish(request, "error", error=error)
->>>>>>> main
 
     def _finish(
         self,
@@ -478,8 +433,7 @@ class Scheduler:
             self._fenced.append(request)
             request.settled = request.last_step_id <= self._committed_step_id and reason != "error"
         del self.requests[request.request_id]
-        self._constrained.discard(request.request_id)
-        request.matcher = None
+        self.grammars.remove(request.request_id)
         self._tenants.leave(request.tenant)
         if reason in ("stop", "length"):
             self._admission.outputs.observe(request.service, request.tenant, request.num_output_tokens)

@@ -82,8 +82,9 @@ class GrammarCompiler:
     def compile(self, grammar: Grammar) -> GrammarMatcher:
         """Raises GrammarError."""
         tokens = self.tokens()
-        if grammar.after is not None and not 0 <= grammar.after < self._vocab_size:
-            raise GrammarError("The token before the grammar is not in the vocabulary.")
+        named = grammar.markers if grammar.after is None else (grammar.after, *grammar.markers)
+        if any(not 0 <= token_id < self._vocab_size for token_id in named):
+            raise GrammarError("A token that the grammar names is not in the vocabulary.")
         known = self.find(grammar)
         if known is not None:
             return known

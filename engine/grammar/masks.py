@@ -49,15 +49,17 @@ class MaskFiller:
         num_words = requests[0][1].num_words
         mask_NW = np.empty((len(requests), num_words), dtype=np.int32)
         moving: list[tuple[LLMatcher, int]] = []
+        widest: list[np.ndarray] = []
         for row, (_, matcher) in enumerate(requests):
             library = matcher.library
             if library is None:
                 mask_NW[row] = matcher.fixed_row
             else:
                 moving.append((library, row))
+                widest.append(matcher.widest_row)
         request_ids = tuple(request_id for request_id, _ in requests)
         if moving:
-            return TokenMasks(request_ids, self._thread.submit(self._run, mask_NW, moving))
+            return TokenMasks(request_ids, self._thread.submit(self._run, mask_NW, moving, widest))
         rows: Future[MaskRows] = Future()
         rows.set_result(MaskRows(mask_NW, {}))
         return TokenMasks(request_ids, rows)
@@ -65,11 +67,13 @@ class MaskFiller:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _run(self, mask_NW: np.ndarray, moving: list[tuple[LLMatcher, int]]) -> MaskRows:
+    def _run(self, mask_NW: np.ndarray, moving: list[tuple[LLMatcher, int]], widest: list[np.ndarray]) -> MaskRows:
         if len(moving) == 1:
             matcher, row = moving[0]
             matcher.unsafe_compute_mask_ptr(mask_NW[row].ctypes.data, mask_NW[row].nbytes)
         else:
             self._library.unsafe_compute_mask_ptr(moving, mask_NW.ctypes.data, mask_NW[0].nbytes, len(mask_NW))
+        for (_, row), widest_W in zip(moving, widest, strict=True):
+            mask_NW[row] &= widest_W
         # The library lets a matcher in an error state stop, with a mask that allows the end alone.
         return MaskRows(mask_NW, {row: matcher.stop_reason() for matcher, row in moving if matcher.is_error()})

@@ -46,6 +46,11 @@ class GrammarMatcher:
         return self._tokens.row(self._tokens.eos_token_id)
 
     @property
+    def widest_row(self) -> np.ndarray:
+        """int32 [words]: tokens that the text may use at all."""
+        return self._tokens.row(self._tokens.eos_token_id, *self._grammar.markers)
+
+    @property
     def is_done(self) -> bool:
         """The grammar has ended, with the end of sequence token."""
         return self._num_matched == self._end

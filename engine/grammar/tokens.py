@@ -22,6 +22,8 @@ LIMITS = LLParserLimits(
 """Bounds of one matcher: compiling ends within tens of milliseconds, a mask within some twenty; whatever needs more is
 an error of its request. Errors hold no text of the answer."""
 
+_MOST_ROWS = 64
+
 
 class GrammarTokens:
     """Which bytes each token id stands for, and which ids a grammar may only name, never match as text.
@@ -45,7 +47,7 @@ class GrammarTokens:
         """int32 words of a mask: bit b of word w is token 32 w + b."""
         self.plain_W = _bits(set(range(vocab_size)) - marked, self.num_words)
         """int32 [words]: every ordinary token."""
-        self._rows_W: dict[int, np.ndarray] = {}
+        self._rows_W: dict[tuple[int, ...], np.ndarray] = {}
         plain = {**definition, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
         vocabulary = _Vocabulary(table, sorted(marked), eos_token_id, tokenizers.Tokenizer.from_str(json.dumps(plain)))
         self.library = LLTokenizer(TokenizerWrapper(vocabulary), n_vocab=vocab_size, eos_token=eos_token_id)
@@ -60,11 +62,13 @@ class GrammarTokens:
         """Compile a grammar; the result may be in an error state."""
         return LLMatcher(self.library, text, log_level=0, limits=LIMITS)
 
-    def row(self, extra: int) -> np.ndarray:
-        """int32 [words]: the ordinary tokens and one more id; not to be written to."""
-        row_W = self._rows_W.get(extra)
+    def row(self, *more: int) -> np.ndarray:
+        """int32 [words]: the ordinary tokens and some more ids; not to be written to."""
+        row_W = self._rows_W.get(more)
         if row_W is None:
-            row_W = self._rows_W[extra] = self.plain_W | _bits({extra}, self.num_words)
+            if len(self._rows_W) >= _MOST_ROWS:
+                self._rows_W.clear()
+            row_W = self._rows_W[more] = self.plain_W | _bits(set(more), self.num_words)
         return row_W
 
 

@@ -1,24 +1,20 @@
 """From logits to tokens, for the whole batch at once. A row's token depends on its logits, its parameters and its own
 random number: never on its neighbours.
 
-<<<<<<< HEAD
-    raw logits -> grammar mask -> logit_bias -> repetition, presence, frequency -> min_tokens mask
-=======
     raw logits -> logit_bias -> repetition, presence, frequency -> only allowed tokens, no banned ones -> a forced token
->>>>>>> main
                -> temperature 0: the likeliest token, else
                -> temperature -> top_k -> top_p -> min_p -> one draw from what is left
 
 Tokens stand in one order everywhere: higher logit first, ties by lower id. top_k, top_p and min_p each keep a prefix
 of that order, so the three together keep the shortest of the prefixes (top_p's mass is taken among top_k's tokens).
 The draw inverts the cumulative distribution over the prefix with one uniform number. Log probabilities are those of
-the model: log-softmax of the raw logits, before mask, bias, penalties and temperature (as OpenAI reports them), so
-under a grammar the likeliest tokens may be ones that could not be chosen.
+the model: log-softmax of the raw logits, before bias, penalties, masks and temperature (as OpenAI reports them); under
+a grammar the likeliest tokens may be ones that could not be chosen.
 
 Letters: L rows, V vocabulary, K tokens of a prefix, N rows of a subset.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,7 +22,6 @@ from torch import Tensor
 
 from engine.plan import NOTHING_LEFT, TokenLogprobs
 from engine.runner.penalties import PenaltyCounts
-from engine.runner.token_mask import apply_token_mask, leaves_a_token
 
 GREEDY_TEMPERATURE = 1e-5
 """Below this a temperature is 0."""
@@ -63,12 +58,6 @@ class SamplingBatch:
     banned_rows_N: np.ndarray
     """int64, ascending; each entry excludes one token."""
     banned_ids_N: np.ndarray
-<<<<<<< HEAD
-    masked_rows_N: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """int64, ascending; each of these rows samples what its line of `mask_NW` allows."""
-    mask_NW: np.ndarray = field(default_factory=lambda: np.empty((0, 0), dtype=np.int32))
-    """int32 [rows, words]."""
-=======
     allowed_rows_N: np.ndarray
     """int64, ascending; each of these rows chooses among the tokens whose bit is set in"""
     allowed_bits_NW: np.ndarray
@@ -76,7 +65,6 @@ class SamplingBatch:
     forced_rows_N: np.ndarray
     """int64, ascending; each of these rows gets the token of"""
     forced_ids_N: np.ndarray
->>>>>>> main
 
     def __len__(self) -> int:
         return len(self.temperature_L)
@@ -89,12 +77,8 @@ class SamplingBatch:
     def rows(self, start: int, stop: int) -> "SamplingBatch":
         bias = slice(*np.searchsorted(self.bias_rows_N, (start, stop)))
         banned = slice(*np.searchsorted(self.banned_rows_N, (start, stop)))
-<<<<<<< HEAD
-        masked = slice(*np.searchsorted(self.masked_rows_N, (start, stop)))
-=======
         allowed = slice(*np.searchsorted(self.allowed_rows_N, (start, stop)))
         forced = slice(*np.searchsorted(self.forced_rows_N, (start, stop)))
->>>>>>> main
         return replace(
             self,
             temperature_L=self.temperature_L[start:stop],
@@ -110,32 +94,35 @@ class SamplingBatch:
             bias_values_N=self.bias_values_N[bias],
             banned_rows_N=self.banned_rows_N[banned] - start,
             banned_ids_N=self.banned_ids_N[banned],
-<<<<<<< HEAD
-            masked_rows_N=self.masked_rows_N[masked] - start,
-            mask_NW=self.mask_NW[masked],
-        )
-
-    def masked(self, rows_N: np.ndarray, mask_NW: np.ndarray) -> "SamplingBatch":
-        """The same rows under grammars. Where a mask allows only tokens that `min_tokens` excludes, it wins: the
-        grammar has ended, and so must the answer."""
-        forced = {
-            int(row)
-            for row, mask_W in zip(rows_N, mask_NW, strict=True)
-            if (own := self.banned_ids_N[self.banned_rows_N == row]).size and not leaves_a_token(mask_W, own)
-        }
-        kept_N = np.array([int(row) not in forced for row in self.banned_rows_N], dtype=bool)
-        return replace(
-            self,
-            masked_rows_N=rows_N,
-            mask_NW=mask_NW,
-            banned_rows_N=self.banned_rows_N[kept_N],
-            banned_ids_N=self.banned_ids_N[kept_N],
-=======
             allowed_rows_N=self.allowed_rows_N[allowed] - start,
             allowed_bits_NW=self.allowed_bits_NW[allowed],
             forced_rows_N=self.forced_rows_N[forced] - start,
             forced_ids_N=self.forced_ids_N[forced],
->>>>>>> main
+        )
+
+    def masked(self, rows_N: np.ndarray, mask_NW: np.ndarray, *, vocab_size: int, end: int) -> "SamplingBatch":
+        """The same rows with the masks of their grammars, int32 words (bit b of word w is token 32 w + b), on top of
+        the tokens that the request allows. `rows_N` ascends.
+
+        Where a mask allows the `end` token alone nothing else can follow, and neither min_tokens nor bad words exclude
+        it.
+        """
+        bits_NW = np.ascontiguousarray(mask_NW).view(np.uint8)[:, : (vocab_size + 7) // 8]
+        bits = {int(row): bits_W for row, bits_W in zip(self.allowed_rows_N, self.allowed_bits_NW, strict=True)}
+        ended = set()
+        for row, bits_W in zip(rows_N.tolist(), bits_NW, strict=True):
+            (used,) = np.nonzero(bits_W)
+            if used.tolist() == [end >> 3] and bits_W[end >> 3] == 1 << (end & 7):
+                ended.add(row)
+            bits[row] = bits_W & bits[row] if row in bits else bits_W
+        allowed_rows = sorted(bits)
+        kept_N = np.array([row not in ended for row in self.banned_rows_N.tolist()], dtype=bool)
+        return replace(
+            self,
+            allowed_rows_N=np.array(allowed_rows, dtype=np.int64),
+            allowed_bits_NW=np.stack([bits[row] for row in allowed_rows]),
+            banned_rows_N=self.banned_rows_N[kept_N],
+            banned_ids_N=self.banned_ids_N[kept_N],
         )
 
 
@@ -249,20 +236,12 @@ def _draw_parameters(batch: SamplingBatch, rows_N: np.ndarray, like: Tensor) -> 
 
 
 def _adjust(logits_LV: Tensor, batch: SamplingBatch, counts: PenaltyCounts) -> Tensor:
-<<<<<<< HEAD
-    """Masks, bias and penalties; a new tensor if there is anything to change."""
-    penalized_N = np.flatnonzero(batch.penalized_L)
-    if not (len(batch.bias_rows_N) or len(penalized_N) or len(batch.banned_rows_N) or len(batch.masked_rows_N)):
-=======
     """Bias, penalties and masks; a new tensor if there is anything to change."""
     penalized_N = np.flatnonzero(batch.penalized_L)
     changes = (batch.bias_rows_N, penalized_N, batch.banned_rows_N, batch.allowed_rows_N, batch.forced_rows_N)
     if not any(len(rows_N) for rows_N in changes):
->>>>>>> main
         return logits_LV
     adjusted_LV = logits_LV.clone()
-    if len(batch.masked_rows_N):
-        apply_token_mask(adjusted_LV, _to(batch.masked_rows_N, logits_LV), _to(batch.mask_NW, logits_LV))
     if len(batch.bias_rows_N):
         where = _to(np.stack([batch.bias_rows_N, batch.bias_ids_N]), logits_LV)
         adjusted_LV[where[0], where[1]] += _to(batch.bias_values_N.astype(np.float32), logits_LV)

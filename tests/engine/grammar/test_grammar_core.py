@@ -84,7 +84,7 @@ def test_an_answer_follows_its_grammar_and_ends_with_it(
         assert answer["a"] in ("x", "y") and answer["b"] in (True, False) and answer["c"] == 7
     assert found["free"][-1].finish_reason == "length"
     assert len({text(found[f"r{n}"]) for n in range(6)}) > 1
-    assert core.scheduler.num_constrained == 0 and core.scheduler.stats().num_grammars == 0
+    assert len(core.scheduler.grammars) == 0 and core.scheduler.stats().num_grammars == 0
 
 
 @pytest.mark.parametrize("fields", [{"ignore_eos": True}, {"min_tokens": 150}, {"ignore_eos": True, "min_tokens": 150}])

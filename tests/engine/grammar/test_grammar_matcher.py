@@ -77,11 +77,19 @@ def test_a_token_is_named_by_number(
     make_matcher: MakeMatcher, filler: MaskFiller, special_id: Callable[[str], int]
 ) -> None:
     dsml = special_id("｜DSML｜")
-    matcher = make_matcher(f'start: "<" <[{dsml}]> "x"')
+    matcher = make_matcher(f'start: "<" <[{dsml}]> "x"', markers=(dsml,))
     for token in (*spell("<"), dsml, *spell("x"), EOS):
         assert masks(filler, matcher)[0] == [[token]]
         assert matcher.advance(token)
     assert matcher.is_done
+
+
+def test_a_marker_that_was_not_granted_never_comes(
+    make_matcher: MakeMatcher, filler: MaskFiller, special_id: Callable[[str], int]
+) -> None:
+    dsml = special_id("｜DSML｜")
+    matcher = make_matcher(f'start: <[{dsml}]> | "x"')
+    assert masks(filler, matcher)[0] == [spell("x")]
 
 
 def test_the_answer_is_free_before_its_token(

@@ -16,8 +16,7 @@ from engine.clients import InProcessClient
 from engine.messages import AddRequest, Grammar, SamplingParams, pack_ids
 from engine.runner.executor import ModelExecutor
 from engine.runner.penalties import PenaltyCounts
-from engine.runner.sampler import SamplingBatch, sample
-from engine.runner.token_mask import apply_token_mask, leaves_a_token
+from engine.runner.sampler import SamplingBatch, only_allowed, sample
 from model.tools.byte_tokenizer import save_byte_tokenizer
 
 V = 100
@@ -47,23 +46,16 @@ def batch(rows: int, **columns: Any) -> SamplingBatch:
         "bias_values_N": np.empty(0),
         "banned_rows_N": no_ids,
         "banned_ids_N": no_ids,
+        "allowed_rows_N": no_ids,
+        "allowed_bits_NW": np.empty((0, 0), dtype=np.uint8),
+        "forced_rows_N": no_ids,
+        "forced_ids_N": no_ids,
     }
     return SamplingBatch(**{**fields, **columns})
 
 
-@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 100, 320])
-def test_the_mask_is_applied_bit_for_bit(vocab: int) -> None:
-    generator = torch.Generator().manual_seed(vocab)
-    logits = torch.randn((5, vocab), generator=generator)
-    rng = np.random.default_rng(vocab)
-    allowed = [np.flatnonzero(rng.random(vocab) < 0.4).tolist() for _ in range(3)]
-    rows = torch.tensor([0, 3, 4])
-    expected = logits.clone()
-    for row, ids in zip(rows.tolist(), allowed, strict=True):
-        for token in set(range(vocab)) - set(ids):
-            expected[row, token] = float("-inf")
-    apply_token_mask(logits, rows, torch.from_numpy(packed(allowed, vocab)))
-    assert torch.equal(logits, expected)
+def under(some: SamplingBatch, rows: list[int], allowed: list[list[int]], end: int = 1) -> SamplingBatch:
+    return some.masked(np.array(rows), packed(allowed), vocab_size=V, end=end)
 
 
 def test_processors_see_the_allowed_tokens_only() -> None:
@@ -76,7 +68,7 @@ def test_processors_see_the_allowed_tokens_only() -> None:
         "top_k_L": np.array([0, 0, 0, 1]),
         "num_logprobs_L": np.array([2, -1, -1, -1]),
     }
-    sampled = sample(logits, batch(4, **columns).masked(np.arange(4), packed(allowed)), COUNTS)
+    sampled = sample(logits, under(batch(4, **columns), [0, 1, 2, 3], allowed), COUNTS)
     assert sampled.token_ids_L.tolist() == [40, 40, 90, 99] and not sampled.failed
     # Log probabilities stay those of the model.
     assert sampled.logprobs_L[0] is not None and sampled.logprobs_L[0].top_ids == (99, 98)
@@ -86,25 +78,36 @@ def test_processors_see_the_allowed_tokens_only() -> None:
 def test_rows_without_a_grammar_do_not_notice() -> None:
     logits = torch.randn((6, V), generator=torch.Generator().manual_seed(1))
     alone = sample(logits, batch(6), COUNTS).token_ids_L
-    masked = sample(logits, batch(6).masked(np.array([1, 4]), packed([[1], [4]])), COUNTS).token_ids_L
+    masked = sample(logits, under(batch(6), [1, 4], [[1], [4]]), COUNTS).token_ids_L
     assert masked[[0, 2, 3, 5]].tolist() == alone[[0, 2, 3, 5]].tolist() and masked[[1, 4]].tolist() == [1, 4]
-    halves = batch(6).masked(np.array([1, 4]), packed([[1], [4]]))
+    halves = under(batch(6), [1, 4], [[1], [4]])
     split = [sample(logits[s], halves.rows(s.start, s.stop), COUNTS).token_ids_L for s in (slice(0, 4), slice(4, 6))]
     assert np.concatenate(split).tolist() == masked.tolist()
 
 
 def test_a_mask_without_a_token_fails_its_row() -> None:
-    sampled = sample(torch.zeros((2, V)), batch(2).masked(np.array([1]), packed([[]])), COUNTS)
+    sampled = sample(torch.zeros((2, V)), under(batch(2), [1], [[]]), COUNTS)
     assert set(sampled.failed) == {1} and "no token" in sampled.failed[1]
 
 
 def test_min_tokens_gives_way_to_a_grammar_that_has_ended() -> None:
     bans = {"banned_rows_N": np.array([0, 0, 1, 1]), "banned_ids_N": np.array([1, 64, 1, 64])}
-    masked = batch(2, **bans).masked(np.arange(2), packed([[1], [1, 8]]))
+    masked = under(batch(2, **bans), [0, 1], [[1], [1, 8]])
     assert masked.banned_rows_N.tolist() == [1, 1]
     assert sample(torch.zeros((2, V)), masked, COUNTS).token_ids_L.tolist() == [1, 8]
-    mask = packed([[31, 32]])[0]
-    assert leaves_a_token(mask, np.array([31])) and not leaves_a_token(mask, np.array([31, 32]))
+    # A bad word is not excused: it is another token than the end.
+    assert set(sample(torch.zeros((2, V)), under(batch(2, **bans), [0, 1], [[64], [8]]), COUNTS).failed) == {0}
+
+
+def test_a_grammar_narrows_what_the_request_allows() -> None:
+    own = np.packbits(np.isin(np.arange(V), [2, 3, 5]), bitorder="little")[None]
+    allows = batch(3, allowed_rows_N=np.array([1]), allowed_bits_NW=own)
+    masked = under(allows, [0, 1], [[7], [3, 90]])
+    assert masked.allowed_rows_N.tolist() == [0, 1]
+    assert sample(torch.zeros((3, V)), masked, COUNTS).token_ids_L[:2].tolist() == [7, 3]
+    logits = torch.zeros((1, V))
+    left = only_allowed(logits, torch.from_numpy(packed([[31, 32, 99]]).view(np.uint8)[:, : (V + 7) // 8].copy()))
+    assert torch.isfinite(left[0]).nonzero().flatten().tolist() == [31, 32, 99]
 
 
 @pytest.fixture
