@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from server.compat import in_dialect
 from server.errors import ApiError, from_validation, internal
 from server.middleware import Guard
-from server.routes import batches, chat, completions, files, models, ops, render, tokens
+from server.routes import batches, chat, completions, files, messages, models, ops, render, responses, tokens
 from server.state import ServerState
 
 _PREFLIGHT_SECONDS = 600
@@ -48,13 +48,13 @@ def create_routes(state: ServerState) -> FastAPI:
 
 
 def _routers(state: ServerState) -> list[APIRouter]:
-    modules = (chat, completions, models, files, batches, tokens, render, ops)
+    modules = (chat, completions, responses, messages, models, files, batches, tokens, render, ops)
     return [module.router for module in modules]
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return in_dialect(error, request.app.state.fathom.config.api_compat).response()
+    return in_dialect(error, request.app.state.fathom.config.api_compat).response(request.url.path)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
@@ -73,9 +73,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     else:
         found = ApiError(error.status_code, "The request was refused.", code="refused")
     found.headers.update(error.headers or {})
-    return found.response()
+    return found.response(request.url.path)
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
     # The guard logs where it happened: Starlette raises the error again after this answer.
-    return internal().response()
+    return internal().response(request.url.path)

@@ -172,7 +172,13 @@ def _rendered_tools(chat: ChatRequest) -> tuple[list[dict[str, Any]] | None, Any
     functions = [
         {
             "type": "function",
-            "function": {"name": t.name, "description": t.description, "parameters": t.parameters, "strict": t.strict},
+            # The encoder takes absent parameters and refuses empty ones.
+            "function": {
+                "name": t.name,
+                "description": t.description,
+                **({"parameters": t.parameters} if t.parameters else {}),
+                "strict": t.strict,
+            },
         }
         for t in shown
     ]
