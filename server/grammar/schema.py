@@ -176,7 +176,7 @@ _DEFINITIONS = frozenset(("$defs", "definitions", "$def", "$schema", "$id"))
 
 
 def _check_types(schema: dict[str, Any], place: str) -> None:
-    types = schema.get("type", ())
+    types = schema.get("type", [])
     for name in (types,) if isinstance(types, str) else types if isinstance(types, list) else ("",):
         if name not in _TYPES:
             raise SchemaError(f"the keyword `type` at {place} names no type: {json.dumps(types)[:80]}")
