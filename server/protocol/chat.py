@@ -9,6 +9,7 @@ from server import limits
 from server.chat_request import ChatRequest
 from server.errors import bad_request, echo, unsupported
 from server.generation import TokenLogprob
+from server.grammar.formats import output_format_of
 from server.protocol import sse
 from server.protocol.common import (
     LARGEST_INT32,
@@ -74,6 +75,7 @@ class ChatBody(SamplingFields, ThinkingFields, FormatFields):
             messages=self.messages,
             tools=tools,
             tool_choice=choice,
+            output_format=output_format_of(self),
             thinking=thinking,
             tier=tier,
             fields=self,
