@@ -6,6 +6,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from engine.grammar.masks import TokenMasks
 from engine.messages import SamplingParams
 
 
@@ -110,6 +111,8 @@ class StepPlan:
     replays: tuple[Replay, ...] = ()
     """Of requests that are scheduled in this plan."""
     slot_snapshots: tuple[SlotSnapshot, ...] = ()
+    masks: TokenMasks | None = None
+    """Of the requests that sample in this plan under a grammar. They are still being filled when the step begins."""
     fences: tuple[int, ...] = ()
     """Step ids whose deferred frees are released once this step has run."""
 
