@@ -52,7 +52,7 @@ def answer(prompt: str) -> str:
         said = f"{REPORT} {results[-1].strip()[-200:]}"
     elif calls:
         said = "I will look." + _block(calls)
-    elif "JSON" in prompt:
+    elif "## Response Format:" in prompt:
         said = SCHEMA_ANSWER
     opened = prompt.endswith("<｜DSML｜tool_calls>\n")
     if opened:
