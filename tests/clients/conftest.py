@@ -1,4 +1,4 @@
-"""Clients that speak to a running server: installed once into `.clients/`, each Python one in an environment of its own.
+"""Clients that speak to a running server: installed once into `.clients/`, a Python environment for each.
 
 They pin one another's libraries, so no two share an environment, and none is part of the test environment.
 """
