@@ -65,8 +65,8 @@ def measure_million(home: Path, num_tokens: int = 1_000_000, max_model_len: int 
 def measure_two_sessions(home: Path, num_tokens: int, device_tokens: int, num_turns: int = 3) -> dict[str, Any]:
     """Two sessions that take turns; the device holds pages of `device_tokens` tokens, the host those of both."""
     session_tokens = num_tokens + SPARE_TOKENS
-    # A quarter of it is for snapshots.
-    host_bytes = 2 * long_layout().bytes_for(2 * session_tokens)
+    # A quarter of it is for snapshots, of which a session has several.
+    host_bytes = 2 * long_layout().bytes_for(2 * session_tokens) + (32 << 20)
     flags = cache_flags(device_tokens=device_tokens, host_bytes=host_bytes, max_model_len=session_tokens)
     with long_server(home, *flags) as live:
         before, memory = machine(), Memory(live)
