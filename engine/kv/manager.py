@@ -134,7 +134,7 @@ class KVManager:
     def order_snapshot(
         self, grant: Grant, token_ids: np.ndarray, position: int, kind: SnapshotKind, now: float
     ) -> None:
-        """Let the step being planned, which computes the tokens before `position`, keep the slot there. Where there is
+        """Let the step being planned, which brings the slot to `position`, keep it there. Where there is
         no place for it, or there is one already, nothing happens.
         """
         snapshot = self._order(grant, token_ids, position, kind, now)

@@ -98,8 +98,11 @@ class SymbolicDevice:
         if failing == "moved":
             self._fail_step(plan)
         failed = self._lose_copy(plan, draw)
+        kept = {(slot, position): snapshot for slot, position, snapshot in plan.slot_snapshots}
         for request_id, slot, position in plan.replays:
             self._replay(self._live[request_id], slot, position, lost=request_id in failed)
+            if (slot, position) in kept:
+                self._save(slot, position, kept.pop((slot, position)))
         for rows in plan.scheduled:
             if rows.request_id not in failed:
                 self._check_rows(rows)
@@ -113,7 +116,7 @@ class SymbolicDevice:
         if failing == "computed":
             self._fail_step(plan)
         sampled = [(s.request_id, self._sample(s)) for s in plan.scheduled if s.samples and s.request_id not in failed]
-        for slot, position, snapshot in plan.slot_snapshots:
+        for (slot, position), snapshot in kept.items():
             self._save(slot, position, snapshot)
         self.num_steps += 1
         self._count(plan)
