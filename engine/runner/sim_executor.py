@@ -21,7 +21,16 @@ import numpy as np
 from engine.config import EngineConfig, MachineFacts, ResolvedConfig, resolve
 from engine.grammar.masks import TokenMasks
 from engine.messages import ForcedToken, unpack_ids
-from engine.plan import NOTHING_LEFT, NewRequest, PromptLogprobs, ScheduledTokens, StepPlan, StepResult, TokenLogprobs
+from engine.plan import (
+    NOTHING_LEFT,
+    NewRequest,
+    PromptLogprobs,
+    ScheduledTokens,
+    SlotSnapshot,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from model.config import ModelConfig, load_config
 from model.kv_layout import PAGE_TOKENS
 from model.presets import preset
@@ -173,11 +182,9 @@ class SimExecutor:
                 continue
             record.sampled.append(token_id)
             sampled.append((rows.request_id, token_id, self._logprobs(record, token_id)))
-        for slot, position, snapshot in plan.slot_snapshots:
-            assert 0 <= snapshot < self.config.num_snapshots, f"snapshot {snapshot}"
-            kept = self._slots[slot]
-            assert kept.position == position, f"slot {slot} stands at {kept.position}, not at {position}"
-            self._snapshots[snapshot] = kept.copy()
+        for kept in plan.slot_snapshots:
+            if not _at_replay(kept, plan):
+                self._keep(kept)
         seconds = self._cost.seconds(plan)
         if self._sleep:
             time.sleep(seconds)
@@ -248,6 +255,15 @@ class SimExecutor:
             content = self._content(rows[request_id].new_page_ids, position)
             self._slots[slot] = _Slot(position, hashlib.blake2b(content, digest_size=16))
             self._resume(resumed[slot], position, rows[request_id])
+        for kept in plan.slot_snapshots:
+            if _at_replay(kept, plan):
+                self._keep(kept)
+
+    def _keep(self, kept: SlotSnapshot) -> None:
+        assert 0 <= kept.snapshot < self.config.num_snapshots, f"snapshot {kept.snapshot}"
+        slot = self._slots[kept.slot]
+        assert slot.position == kept.position, f"slot {kept.slot} stands at {slot.position}, not at {kept.position}"
+        self._snapshots[kept.snapshot] = slot.copy()
 
     def _resume(self, new: NewRequest, position: int, rows: ScheduledTokens) -> None:
         """Check that pages and slot are those of a request's own history up to a position."""
@@ -424,6 +440,10 @@ def _allowed(masks: TokenMasks) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     bits_NV = np.unpackbits(mask_NW.view(np.uint8), axis=1, bitorder="little")
     allowed = {request_id: np.flatnonzero(row) for request_id, row in zip(masks.request_ids, bits_NV, strict=True)}
     return allowed, {masks.request_ids[row]: f"no mask ({why})" for row, why in failed.items()}
+
+
+def _at_replay(kept: SlotSnapshot, plan: StepPlan) -> bool:
+    return any((kept.slot, kept.position) == (replay.slot, replay.position) for replay in plan.replays)
 
 
 def _hang(seconds: float) -> None:
