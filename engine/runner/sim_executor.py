@@ -245,9 +245,9 @@ class SimExecutor:
         resumed = {new.slot: new for new in plan.new if new.num_computed_tokens}
         rows = {s.request_id: s for s in plan.scheduled}
         for slot, snapshot, position in plan.slot_restores:
-            kept = self._snapshots[snapshot]
-            assert kept.position == position, f"snapshot {snapshot} is one of {kept.position}, not of {position}"
-            self._slots[slot] = kept.copy()
+            saved = self._snapshots[snapshot]
+            assert saved.position == position, f"snapshot {snapshot} is one of {saved.position}, not of {position}"
+            self._slots[slot] = saved.copy()
             self._resume(resumed[slot], position, rows[resumed[slot].request_id])
         for request_id, slot, position in plan.replays:
             assert resumed[slot].request_id == request_id
