@@ -58,6 +58,21 @@ class AdmissionOrder:
         """The request that must start before any other of its priority or a lower one: its credit is spent."""
         return min(self._spent.values(), key=lambda r: r.priority, default=None)
 
+    def never_fits(self, request: Request) -> str | None:
+        """Why a request can never start, in one sentence; None: it can."""
+        limit = self._config.max_model_len
+        if request.num_prompt_tokens >= limit:
+            return f"The prompt has {request.num_prompt_tokens} tokens; at most {limit - 1} leave room for an answer."
+        num_tokens = min(request.num_prompt_tokens + request.sampling.max_tokens, limit)
+        wanted = self._kv.layout.pages_for(num_tokens)
+        if wanted > self._config.num_pages:
+            page_tokens = self._kv.layout.page_tokens
+            return (
+                f"Prompt and answer may need {num_tokens} tokens ({wanted} pages of {page_tokens}); "
+                f"the memory holds {self._config.num_pages * page_tokens} ({self._config.num_pages} pages)."
+            )
+        return None
+
     def is_short(self, request: Request, step_id: int) -> bool:
         """Whether a request was found not to fit a few steps ago, and pages are still too few. What others have cached
         for it meanwhile is looked up again after `policy.SHORTAGE_STEPS`.

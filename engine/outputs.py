@@ -5,8 +5,17 @@ from dataclasses import dataclass
 
 from engine.client import RequestOutput
 from engine.kv.resume import MissReason
-from engine.messages import EngineStats, FinishReason, LogprobRow, RequestError, StepOutputs, pack_ids, unpack_ids
-from engine.plan import TokenLogprobs
+from engine.messages import (
+    EngineStats,
+    FinishReason,
+    LogprobRow,
+    PromptLogprobColumns,
+    RequestError,
+    StepOutputs,
+    pack_ids,
+    unpack_ids,
+)
+from engine.plan import PromptLogprobs, TokenLogprobs
 from engine.request import Request
 
 
@@ -15,12 +24,16 @@ class _Refused:
     """Stands in for a request that never came to be."""
 
     request_id: str
-    error: RequestError
-    finish_reason: FinishReason = "error"
+    error: RequestError | None
+    """None: it was aborted."""
     stop_token_id: int | None = None
     num_cached_tokens: int = 0
     queued_seconds: float = 0.0
     miss_reason: MissReason | None = None
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return "abort" if self.error is None else "error"
 
 
 class OutputColumns:
@@ -32,6 +45,7 @@ class OutputColumns:
         self._token_ids: list[int] = []
         self._logprobs: dict[int, TokenLogprobs] = {}
         """By row."""
+        self._prompt_logprobs: dict[str, PromptLogprobColumns] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -44,8 +58,12 @@ class OutputColumns:
         self._token_ids += token_ids
         self._cu_tokens.append(len(self._token_ids))
 
-    def refuse(self, request_id: str, error: RequestError) -> None:
-        """A row for a request that never came to be."""
+    def add_prompt_logprobs(self, request_id: str, chunks: Sequence[PromptLogprobs]) -> None:
+        """Beside the row of the request's first token; `chunks` cover its prompt in order."""
+        self._prompt_logprobs[request_id] = _columns(chunks)
+
+    def refuse(self, request_id: str, error: RequestError | None) -> None:
+        """A row for a request that never came to be; without an error it was aborted."""
         self._rows.append(_Refused(request_id=request_id, error=error))
         self._cu_tokens.append(len(self._token_ids))
 
@@ -67,6 +85,7 @@ class OutputColumns:
             stats=stats,
             # What other tenants have cached is not this one's business.
             miss_reasons=tuple(["cold" if row.miss_reason == "salt" else row.miss_reason for row in rows]),
+            prompt_logprobs=self._prompt_logprobs,
         )
 
 
@@ -83,7 +102,21 @@ def split(outputs: StepOutputs) -> Iterator[tuple[str, RequestOutput]]:
                 cached_tokens=outputs.cached_tokens[i],
                 miss_reason=outputs.miss_reasons[i] if outputs.miss_reasons else None,
                 logprobs=outputs.logprobs[i],
+                prompt_logprobs=outputs.prompt_logprobs.get(request_id),
                 error=outputs.errors[i],
                 queued_seconds=outputs.queued_seconds[i],
             ),
         )
+
+
+def _columns(chunks: Sequence[PromptLogprobs]) -> PromptLogprobColumns:
+    def packed(column: str, dtype: str) -> bytes:
+        return b"".join(getattr(chunk, column).astype(dtype).tobytes() for chunk in chunks)
+
+    return PromptLogprobColumns(
+        num_top=chunks[0].top_ids_NK.shape[1] if chunks else 0,
+        logprobs=packed("logprobs_N", "<f4"),
+        ranks=packed("ranks_N", "<i4"),
+        top_ids=packed("top_ids_NK", "<i4"),
+        top_logprobs=packed("top_logprobs_NK", "<f4"),
+    )

@@ -21,12 +21,13 @@ from engine.budget import StepBudget
 from engine.config import ResolvedConfig
 from engine.cost_model import CostModel, StepFeatures, cost_prior
 from engine.fairness import FavouredShare, TenantClock
+from engine.grammar.active import ActiveGrammars
 from engine.kv.grant import Moves
 from engine.kv.hashing import PageHasher, PageKeys
 from engine.kv.manager import KVManager
 from engine.messages import EngineStats, FinishReason, RequestError, StepOutputs
 from engine.outputs import OutputColumns
-from engine.plan import StepPlan, StepResult, TokenLogprobs
+from engine.plan import NOTHING_LEFT, StepPlan, StepResult, TokenLogprobs
 from engine.preemption import Preemption
 from engine.request import Request, RequestStatus
 from engine.resume_costs import CopyAndComputeCosts
@@ -60,6 +61,8 @@ class Scheduler:
         if config.enable_prefix_cache:
             self.hasher = PageHasher(secrets.token_bytes(32), _model_epoch(config), layout.page_tokens)
         self.totals = Totals()
+        self.grammars = ActiveGrammars()
+        """Of `requests`; a matcher is added with its request."""
         self.requests: dict[str, Request] = {}
         """Queued and running, by id."""
         self._eos_token_id = eos_token_id
@@ -111,13 +114,13 @@ class Scheduler:
         if request.keys is None and self.hasher is not None:
             request.keys = PageKeys(self.hasher, request.cache_salt, request.token_ids)
         self._queue(request)
-        excess = self._never_fits(request)
+        excess = self._admission.never_fits(request)
         if excess is not None:
             self._finish(request, "error", error=RequestError("too_large", excess))
 
-    def refuse(self, request_id: str, message: str) -> None:
-        """Answer a request that could not be taken in."""
-        self._news.refuse(request_id, RequestError("internal", message))
+    def refuse(self, request_id: str, message: str | None) -> None:
+        """Answer a request that could not be taken in; without a message it was aborted first."""
+        self._news.refuse(request_id, None if message is None else RequestError("internal", message))
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it stands. Unknown and finished ids are ignored."""
@@ -169,6 +172,7 @@ class Scheduler:
             slot_restores=tuple(moves.slot_restores),
             replays=tuple(moves.replays),
             slot_snapshots=tuple(moves.slot_snapshots),
+            masks=self.grammars.fill([row.request_id for row in step.rows if row.samples]),
         )
         self._forget.clear()
         self._in_flight = plan
@@ -184,6 +188,10 @@ class Scheduler:
         moves, self._moves = self._moves, Moves()
         self.kv.settle(set(result.failed), moves if result.lost else None)
         awaited = self._commit_rows(plan, set(result.failed), now)
+        for request_id, chunk in result.prompt_logprobs.items():
+            computed = self.requests.get(request_id)
+            if computed is not None and computed.prompt_logprobs is not None:
+                computed.prompt_logprobs.append(chunk)
         for request_id, token_id, logprobs in zip(result.request_ids, result.token_ids, result.logprobs, strict=True):
             request = awaited.pop(request_id, None)
             if request is None or request_id in result.failed:
@@ -195,7 +203,8 @@ class Scheduler:
             self._fail(request_id, why)
         for request_id in awaited:
             self._fail(request_id, "the step returned no token")
-        if plan.scheduled and result.seconds > 0.0:
+        # The head over whole prompts is not what the model of costs knows.
+        if plan.scheduled and result.seconds > 0.0 and not result.prompt_logprobs:
             self._learn(result, moves)
         self._release_fenced(now)
         if result.lost:
@@ -235,6 +244,7 @@ class Scheduler:
         queued = {r.request_id for r in waiting}
         assert not queued & set(self._running), "a request is in two queues"
         assert queued | set(self._running) == set(self.requests), "a request is in no queue"
+        assert self.grammars.request_ids <= set(self.requests), "a grammar of nobody"
         assert len(waiting) == len(self._admission.waiting) == len(queued), "the waiting are miscounted"
         assert all(r.grant is None and r.status is not RequestStatus.RUNNING for r in waiting)
         self._admission.prefixes.check(self._running)
@@ -255,7 +265,7 @@ class Scheduler:
         scheduling = self.config.scheduling
         if request.keys is not None:
             request.keys.extend(request.token_ids)
-        request.prefill_seconds = self.kv.probe(request.keys, request.token_ids).est_seconds
+        request.prefill_seconds = self.kv.probe(request.lookup_keys, request.token_ids).est_seconds
         answer = self._admission.outputs.quantile(request.service, request.tenant, policy.EXPECTED_QUANTILE)
         num_left = min(
             policy.UNKNOWN_ANSWER if answer is None else answer, request.sampling.max_tokens - request.num_output_tokens
@@ -343,6 +353,12 @@ class Scheduler:
     def _commit_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request.append(token_id)
         self.totals.generation_tokens += 1
+        if request.prompt_logprobs is not None:
+            self._news.add_prompt_logprobs(request.request_id, request.prompt_logprobs)
+            request.prompt_logprobs = None
+        if not self.grammars.advance(request.request_id, token_id):
+            self._fail(request.request_id, "a token outside the grammar")
+            return
         reason = self._stop_reason(request, token_id)
         if reason is None:
             self._news.add(request, (token_id,), logprobs)
@@ -358,28 +374,21 @@ class Scheduler:
     def _stop_reason(self, request: Request, token_id: int) -> FinishReason | None:
         if token_id in request.stop_ids and request.num_output_tokens > request.sampling.min_tokens:
             return "stop"
+        # Where nothing can follow, the grammar ends the answer whatever ignore_eos and min_tokens say.
+        if self.grammars.has_ended(request.request_id):
+            return "stop"
         return "length" if request.num_tokens >= request.most_tokens else None
-
-    def _never_fits(self, request: Request) -> str | None:
-        limit = self.config.max_model_len
-        if request.num_prompt_tokens >= limit:
-            return f"The prompt has {request.num_prompt_tokens} tokens; at most {limit - 1} leave room for an answer."
-        num_tokens = min(request.num_prompt_tokens + request.sampling.max_tokens, limit)
-        wanted = self.kv.layout.pages_for(num_tokens)
-        if wanted > self.config.num_pages:
-            page_tokens = self.kv.layout.page_tokens
-            return (
-                f"Prompt and answer may need {num_tokens} tokens ({wanted} pages of {page_tokens}); "
-                f"the memory holds {self.config.num_pages * page_tokens} ({self.config.num_pages} pages)."
-            )
-        return None
 
     def _fail(self, request_id: str, why: str) -> None:
         request = self.requests.get(request_id)
         if request is not None:
-            logger.error("request %s failed: %s", request_id, why)
-            message = "The engine could not compute this request."
-            self._finish(request, "error", error=RequestError("internal", message))
+            if why == NOTHING_LEFT:
+                error = RequestError("no_token_left", "What this request excludes leaves no token to choose.")
+            else:
+                logger.error("request %s failed: %s", request_id, why)
+                complaint = self.grammars.complaint(request_id) or "The engine could not compute this request."
+                error = RequestError("internal", complaint)
+            self._finish(request, "error", error=error)
 
     def _finish(
         self,
@@ -402,6 +411,7 @@ class Scheduler:
             self._fenced.append(request)
             request.settled = request.last_step_id <= self._committed_step_id and reason != "error"
         del self.requests[request.request_id]
+        self.grammars.remove(request.request_id)
         self._tenants.leave(request.tenant)
         if reason in ("stop", "length"):
             self._admission.outputs.observe(request.service, request.tenant, request.num_output_tokens)

@@ -14,7 +14,7 @@ from engine.cost_model import CostModel
 from engine.fairness import FavouredShare, TenantClock
 from engine.kv.grant import Shortage
 from engine.kv.manager import KVManager
-from engine.kv.resume import ResumePlan
+from engine.kv.resume import MissReason, ResumePlan
 from engine.plan import NewRequest, ScheduledTokens
 from engine.policy import (
     LEAST_PREFILL_SHARE,
@@ -268,7 +268,7 @@ class StepBuilder:
         """Let a waiting request wait for a prefix in flight if that is sooner than computing it as well."""
         if request.status is not RequestStatus.QUEUED or request.num_preemptions:
             return False
-        if request.keys is None or not self._leaders:
+        if request.lookup_keys is None or not self._leaders:
             return False
         plan = self._plan_for(request)
         best: tuple[float, Request, int] | None = None
@@ -328,7 +328,7 @@ class StepBuilder:
         """The way into a waiting request as memory stands."""
         plan = self._plans.get(request.request_id)
         if plan is None:
-            plan = self._plans[request.request_id] = self._kv.probe(request.keys, request.token_ids)
+            plan = self._plans[request.request_id] = self._kv.probe(request.lookup_keys, request.token_ids)
         return plan
 
     def _start(self, request: Request, num_rows: int) -> bool:
@@ -344,6 +344,9 @@ class StepBuilder:
         grant, resume_at = admitted
         if plan.replay and resume_at:
             self._budget.add_replay(resume_at)
+            if resume_at == plan.junction:
+                # The next one that leaves the cached prompt here is restored.
+                self._kv.order_snapshot(grant, request.token_ids, resume_at, "junction", self._now)
         self._budget.spend(self._load_seconds(plan) if resume_at == plan.resume_at else 0.0)
         self._resume(request, plan, resume_at)
         request.grant = grant
@@ -360,11 +363,16 @@ class StepBuilder:
                 slot=grant.slot,
                 token_ids=request.token_ids,
                 num_prompt_tokens=request.num_prompt_tokens,
-                sampling=request.sampling,
+                sampling=request.sampling_due,
                 num_computed_tokens=resume_at,
             )
         )
         return True
+
+    def _miss_of(self, request: Request, plan: ResumePlan) -> MissReason | None:
+        if request.prompt_logprobs is not None:
+            return "prompt_logprobs"
+        return "in_flight" if request.request_id in self._overlapping else plan.miss
 
     def _load_seconds(self, plan: ResumePlan) -> float:
         """Of the copies from host memory that a way in takes."""
@@ -378,7 +386,7 @@ class StepBuilder:
         if request.first_scheduled_time is None:
             request.num_cached_tokens = resume_at
             if request.keys is not None:
-                request.miss_reason = "in_flight" if request.request_id in self._overlapping else plan.miss
+                request.miss_reason = self._miss_of(request, plan)
                 self._totals.count_start(num_tokens=request.num_tokens, num_cached=resume_at, miss=request.miss_reason)
         elif resume_at:
             self._totals.num_wakes += 1

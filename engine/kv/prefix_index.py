@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.kv.hashing import PageKeys
+from engine.kv.idle_pages import IdlePages
 from engine.kv.misses import Match, MissMemory
 from engine.kv.page_pool import PagePool
 from engine.kv.prefix_node import TOKEN_BYTES, Mark, Node, count_paths
@@ -65,9 +66,7 @@ class PrefixIndex:
         self._held: list[Node] = []
         self._unsealed_host_pages: list[int] = []
         self._num_on_device = 0
-        self._num_idle = 0
-        self._num_idle_pinned = 0
-        self._num_droppable = 0
+        self._idle = IdlePages()
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -80,26 +79,16 @@ class PrefixIndex:
     @property
     def num_evictable(self) -> int:
         """Device pages that `evict` can free now: in no table, and pinned ones only where host memory has room."""
-        return self._num_idle + min(self._num_idle_pinned, self.host.num_free + self._num_droppable)
+        return self._idle.num_evictable(self.host.num_free)
 
     @property
     def num_stuck(self) -> int:
         """Device pages that stay there for their pins alone: host memory has no room for them."""
-        return max(0, self._num_idle_pinned - self.host.num_free - self._num_droppable)
+        return self._idle.num_stuck(self.host.num_free)
 
     def num_evictable_beside(self, nodes: Iterable[Node]) -> int:
         """`num_evictable` once a table runs through these nodes and all before them, which are among them."""
-        num_idle, num_pinned, num_droppable = self._num_idle, self._num_idle_pinned, self._num_droppable
-        for node in nodes:
-            if node.refs:
-                continue
-            if node.page_id is None:
-                num_droppable -= not node.pins
-            elif node.pins:
-                num_pinned -= 1
-            else:
-                num_idle -= 1
-        return num_idle + min(num_pinned, self.host.num_free + num_droppable)
+        return self._idle.beside(nodes).num_evictable(self.host.num_free)
 
     def root(self, key: bytes) -> Node:
         """The node of an empty prefix; acquire it before anything is published below it."""
@@ -129,12 +118,17 @@ class PrefixIndex:
         goes_on = bool(marks) and marks[-1].position > len(nodes) * self.page_tokens
         return Match(nodes, num_on_device, marks, None if goes_on else self._misses.explain(nodes, keys))
 
+    def has(self, key: bytes, tail: bytes) -> bool:
+        """Whether a page holds the position that is named by a full prefix and the tokens after it."""
+        base = self._nodes.get(key) or self._roots.get(key)
+        return base is not None and (not tail or base.tails.holder(tail) is not None)
+
     def acquire(self, tip: Node) -> None:
         """A table runs through `tip` and all before it: none of them is evicted until `release`."""
         node: Node | None = tip
         while node is not None:
             if not node.refs:
-                self._count(node, -1)
+                self._idle.count(node, -1)
             node.refs += 1
             node.hits += 1
             node = node.parent
@@ -151,7 +145,7 @@ class PrefixIndex:
             node.last_use = now
             node.refs -= 1
             if not node.refs:
-                self._count(node, 1)
+                self._idle.count(node, 1)
                 if not node.num_device_children:
                     self._offer(node)
             assert node.refs >= 0, "a table is released twice"
@@ -169,7 +163,7 @@ class PrefixIndex:
         """A copy in the step being planned reads the node's page; nothing moves it before `seal`."""
         for before in node.path():
             if not before.refs:
-                self._count(before, -1)
+                self._idle.count(before, -1)
             before.refs += 1
         self._held.append(node)
 
@@ -202,7 +196,7 @@ class PrefixIndex:
             for node in tip.path():
                 node.refs -= 1
                 if not node.refs:
-                    self._count(node, 1)
+                    self._idle.count(node, 1)
                     if not node.num_device_children:
                         self._offer(node)
             self._forget_idle_root(node)
@@ -289,11 +283,7 @@ class PrefixIndex:
         host = [n.host_page for n in self._nodes.values() if n.host_page is not None] + self._unsealed_host_pages
         assert len(set(host)) == len(host), "a host page has two owners"
         self.host.check(set(host))
-        idle = [n for n in self._nodes.values() if n.page_id is not None and not n.refs]
-        droppable = [n for n in self._nodes.values() if n.page_id is None and not n.refs and not n.pins]
-        assert self._num_idle == sum(not n.pins for n in idle), "idle pages are miscounted"
-        assert self._num_idle_pinned == sum(n.pins > 0 for n in idle), "idle pinned pages are miscounted"
-        assert self._num_droppable == len(droppable), "host pages that may go are miscounted"
+        self._idle.check(self._nodes.values())
         for heap, victims in (
             (self._device_victims, {n for n in nodes if n.may_leave_device}),
             (self._host_victims, {n for n in nodes if n.may_be_dropped}),
@@ -326,7 +316,7 @@ class PrefixIndex:
             parent.num_device_children += 1
             self._num_on_device += 1
         elif not node.refs:
-            self._count(node, -1)
+            self._idle.count(node, -1)
             if node.page_id is not None and node.key == key:
                 # Nobody reads the page that is there: an equal one in a table takes its place, and memory is not
                 # held twice.
@@ -375,9 +365,9 @@ class PrefixIndex:
     def _spill(self, node: Node, host_page: int, evicted: Evicted) -> None:
         page_id, parent = node.page_id, node.parent
         assert page_id is not None and parent is not None and not node.refs
-        self._count(node, -1)
+        self._idle.count(node, -1)
         node.page_id, node.host_page = None, host_page
-        self._count(node, 1)
+        self._idle.count(node, 1)
         parent.num_device_children -= 1
         self._num_on_device -= 1
         evicted.spills.append((page_id, host_page))
@@ -388,7 +378,7 @@ class PrefixIndex:
     def _drop(self, node: Node, evicted: Evicted) -> None:
         parent = node.parent
         assert parent is not None and not node.refs and not node.pins and not node.num_children
-        self._count(node, -1)
+        self._idle.count(node, -1)
         del self._nodes[node.key]
         parent.num_children -= 1
         if node.page_id is not None:
@@ -410,28 +400,16 @@ class PrefixIndex:
 
     def _repin(self, tip: Node, change: int) -> None:
         for node in tip.path():
-            self._count(node, -1)
+            self._idle.count(node, -1)
             node.pins += change
             assert node.pins >= 0, "a pin is taken off twice"
-            self._count(node, 1)
+            self._idle.count(node, 1)
         self._offer(tip)
         self._forget_idle_root(node)
 
     def _forget_idle_root(self, root: Node) -> None:
         if root.parent is None and not (root.refs or root.pins or root.num_children):
             self._roots.pop(root.key, None)
-
-    def _count(self, node: Node, change: int) -> None:
-        """Enter the node into the totals (1) or take it out (-1); around every change of its refs, pins or place."""
-        if node.refs or node.parent is None:
-            return
-        if node.page_id is None:
-            if not node.pins:
-                self._num_droppable += change
-        elif node.pins:
-            self._num_idle_pinned += change
-        else:
-            self._num_idle += change
 
     def _offer(self, node: Node) -> None:
         if node.may_leave_device:

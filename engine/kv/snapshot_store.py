@@ -6,7 +6,7 @@ are the runner's; a place is an index into its arena.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Literal
 
@@ -83,6 +83,10 @@ class SnapshotStore:
     def __len__(self) -> int:
         """Places in use."""
         return self.num_places - len(self._free)
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        """All that can be found, those that are being written included; for checks."""
+        return iter(self._by_key.values())
 
     def get(self, key: bytes) -> Snapshot | None:
         """The snapshot of a position, ready or not."""
