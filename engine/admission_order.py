@@ -16,7 +16,6 @@ from engine.kv.resume import ResumePlan
 from engine.output_lengths import OutputLengths
 from engine.policy import (
     SHORTAGE_STEPS,
-    UNKNOWN_RESERVE,
     ServiceClass,
     credit_is_spent,
     long_share_binds,
@@ -107,17 +106,18 @@ class AdmissionOrder:
 
     def reserve(self, request: Request) -> int:
         """Tokens whose pages the request must find now."""
-        share = self._config.scheduling.output_quantile
+        scheduling = self._config.scheduling
+        share = scheduling.output_quantile
         expected: int | None = None
         if share < 1.0:
             seen = self.outputs.quantile(request.service, request.tenant, share)
-            expected = UNKNOWN_RESERVE if seen is None else seen
+            expected = scheduling.unknown_output_tokens if seen is None else seen
         return tokens_to_reserve(
             num_tokens=request.num_tokens,
             num_prompt_tokens=request.num_prompt_tokens,
             max_tokens=request.sampling.max_tokens,
             expected_output=expected,
-            was_preempted=request.num_preemptions > 0,
+            least_ahead=scheduling.woken_output_tokens if request.num_preemptions else 0,
             max_model_len=self._config.max_model_len,
         )
 

@@ -101,6 +101,11 @@ class SchedulingConfig:
     long_page_share: float = 0.7
     output_quantile: float = 0.9
     """Share of answers whose pages are reserved in whole; 1: all that a request may ever have, no overbooking."""
+    unknown_output_tokens: int = 4096
+    """What is reserved for an answer while nothing is known of such answers."""
+    woken_output_tokens: int = 1024
+    """Tokens of its answer that a request must find room for when it comes back from a preemption, and at least as many
+    as it has had: each time it gets twice as far, so it is preempted a few times at most."""
 
     def ttft_seconds(self, service: int) -> float:
         """Goal of a service class: 0 interactive, 1 long."""

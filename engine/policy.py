@@ -27,11 +27,6 @@ MOST_BEGUN = 8
 """Prompts of one priority and the higher ones that are begun and not finished: each holds a slot and pages."""
 MOST_CHUNKS = 32
 """In one step."""
-UNKNOWN_RESERVE = 4096
-"""Tokens of an answer whose pages a request must find while nothing is known of such answers."""
-LEAST_PROGRESS = 1024
-"""Tokens of its answer that a request must find room for when it comes back from a preemption, and at least as many as
-it has had: each time it comes back it gets twice as far, so it is preempted a few times at most."""
 EXPECTED_QUANTILE = 0.5
 """Of the answers of its class and tenant: what a request is expected to answer when its work is weighed."""
 UNKNOWN_ANSWER = 256
@@ -128,18 +123,18 @@ def tokens_to_reserve(
     num_prompt_tokens: int,
     max_tokens: int,
     expected_output: int | None,
-    was_preempted: bool,
+    least_ahead: int,
     max_model_len: int,
 ) -> int:
     """Tokens whose pages a request must find before it starts.
 
     `expected_output` is a quantile of what such requests answer; None: all that it may ever have. At least one token
-    past those known, and more where it `was_preempted` before (`LEAST_PROGRESS`).
+    past those known, `least_ahead` for one that was preempted before, and as many as it has answered.
     """
     most = min(num_prompt_tokens + max_tokens, max_model_len)
     if expected_output is None:
         return most
-    ahead = max(LEAST_PROGRESS, num_tokens - num_prompt_tokens) if was_preempted else 1
+    ahead = max(least_ahead, num_tokens - num_prompt_tokens) if least_ahead else 1
     return min(most, max(num_tokens + ahead, num_prompt_tokens + expected_output))
 
 

@@ -12,7 +12,6 @@ from engine.core import EngineCore
 from engine.executor import StepError
 from engine.messages import AbortRequest, AddRequest, EngineStats, StepOutputs, unpack_ids
 from engine.plan import StepPlan, StepResult
-from engine.policy import UNKNOWN_RESERVE
 from engine.request import Request
 from engine.runner.sim_executor import SimExecutor
 from engine.scheduler import Scheduler
@@ -139,7 +138,7 @@ def test_an_unknown_answer_is_taken_for_a_usual_one(make_scheduler: MakeSchedule
     scheduler = make_scheduler(max_model_len=10**6, num_pages=4000)
     request = make_request("a", 100, max_tokens=10**6)
     scheduler.add(request)
-    assert scheduler._admission.reserve(request) == 100 + UNKNOWN_RESERVE
+    assert scheduler._admission.reserve(request) == 100 + SCHEDULING.unknown_output_tokens
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -224,19 +223,16 @@ def test_without_a_cache_nothing_is_kept(small: ResolvedConfig, make_message: Ma
     assert stats.num_preemptions == stats.num_recompute_preemptions > 0 and stats.num_hibernations == 0
 
 
-def test_whoever_comes_back_gets_on(
-    make_config: MakeConfig, make_message: MakeMessage, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whoever_comes_back_gets_on(make_config: MakeConfig, make_message: MakeMessage) -> None:
     """Far too many answers that all outgrow their pages: each gets twice as far before it is set aside again."""
     least = 64
-    monkeypatch.setattr("engine.policy.LEAST_PROGRESS", least)
     config = make_config(
         num_pages=7,
         num_host_pages=100,
         num_snapshots=20,
         max_num_batched_tokens=4096,
         max_model_len=7 * PAGE,
-        scheduling=SCHEDULING,
+        scheduling=replace(SCHEDULING, woken_output_tokens=least),
     )
     engine = Engine(config, expects=1)
     for i in range(6):

@@ -13,7 +13,6 @@ from engine.fairness import FavouredShare, TenantClock
 from engine.output_lengths import LEAST_SAMPLES, WINDOW, OutputLengths
 from engine.policy import (
     LEAST_CHUNK,
-    LEAST_PROGRESS,
     ServiceClass,
     is_pressed,
     latest_start,
@@ -96,7 +95,7 @@ def test_a_prompt_begun_at_its_latest_start_has_no_slack() -> None:
         (100, 100, 10, 20, False, 110),
         (140, 100, 500, 20, False, 141),
         (100, 100, 500, 0, False, 101),
-        (140, 100, 5000, 20, True, 140 + LEAST_PROGRESS),
+        (140, 100, 5000, 20, True, 140 + 1024),
         (2140, 100, 5000, 20, True, 100 + 2 * 2040),
         (2140, 100, 5000, 4500, True, 4600),
         (2140, 100, 3000, 20, True, 3100),
@@ -109,7 +108,7 @@ def test_reservation(known: int, prompt: int, most: int, expected: int | None, p
         num_prompt_tokens=prompt,
         max_tokens=most,
         expected_output=expected,
-        was_preempted=preempted,
+        least_ahead=1024 if preempted else 0,
         max_model_len=10_000,
     )
     assert found == reserved
