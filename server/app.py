@@ -10,7 +10,7 @@ from starlette.types import ASGIApp
 
 from server.errors import ApiError, from_validation, internal
 from server.middleware import Guard
-from server.routes import batches, chat, completions, files, models, ops, render, tokens
+from server.routes import batches, chat, completions, files, messages, models, ops, render, responses, tokens
 from server.state import ServerState
 
 _PREFLIGHT_SECONDS = 600
@@ -47,19 +47,20 @@ def create_routes(state: ServerState) -> FastAPI:
 
 
 def _routers(state: ServerState) -> list[APIRouter]:
-    modules = (chat, completions, models, files, batches, tokens, render, ops)
+    modules = (chat, completions, responses, messages, models, files, batches, tokens, render, ops)
     return [module.router for module in modules]
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.response(request.scope["path"])
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:
     """Parameters of the path and of the query; bodies are read by the routes."""
     assert isinstance(error, RequestValidationError)
-    return from_validation([{**found, "loc": found["loc"][1:]} for found in error.errors()]).response()
+    found = from_validation([{**part, "loc": part["loc"][1:]} for part in error.errors()])
+    return found.response(request.scope["path"])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -72,9 +73,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     else:
         found = ApiError(error.status_code, "The request was refused.", code="refused")
     found.headers.update(error.headers or {})
-    return found.response()
+    return found.response(request.scope["path"])
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
     # The guard logs where it happened: Starlette raises the error again after this answer.
-    return internal().response()
+    return internal().response(request.scope["path"])

@@ -66,7 +66,6 @@ async def start_chat(
         for n in range(chat.num_choices)
     ]
     prompt = await off_loop(num_bytes, lambda: render_request(serving, chat))
-    prompt = _truncated(serving, chat, prompt)
     num_prompt_tokens = len(prompt.token_ids)
     check_prompt_logprobs([num_prompt_tokens], sampling.prompt_logprobs, "prompt_logprobs")
     max_tokens = completion_budget(
@@ -114,7 +113,7 @@ def render_request(serving: Serving, chat: ChatRequest) -> Prompt:
     tools, choice = _rendered_tools(chat)
     rendered = chat.output_format.rendered if chat.output_format is not None else None
     try:
-        return render_chat(
+        prompt = render_chat(
             serving.tokenizer,
             chat.messages,
             thinking=chat.thinking,
@@ -131,6 +130,7 @@ def render_request(serving: Serving, chat: ChatRequest) -> Prompt:
             # No tools were passed on, so what the encoder blames on them stood in a message.
             param = chat.messages_param
         raise bad_request(echo(str(error)), param=param) from None
+    return _truncated(serving, chat, prompt)
 
 
 def _truncated(serving: Serving, chat: ChatRequest, prompt: Prompt) -> Prompt:
@@ -139,7 +139,8 @@ def _truncated(serving: Serving, chat: ChatRequest, prompt: Prompt) -> Prompt:
         return prompt
     dropped = len(prompt.token_ids) - len(kept) if chat.fields.truncation_side == "left" else 0
     turn_start = max(0, prompt.turn_start - dropped)
-    return replace(prompt, token_ids=kept, turn_start=turn_start if turn_start <= len(kept) else 0)
+    turn_start = turn_start if turn_start <= len(kept) else 0
+    return replace(prompt, token_ids=kept, text=serving.tokenizer.decode(kept.tolist()), turn_start=turn_start)
 
 
 def offers_tools(chat: ChatRequest) -> bool:
@@ -167,7 +168,13 @@ def _rendered_tools(chat: ChatRequest) -> tuple[list[dict[str, Any]] | None, Any
     functions = [
         {
             "type": "function",
-            "function": {"name": t.name, "description": t.description, "parameters": t.parameters, "strict": t.strict},
+            # The encoder takes absent parameters and refuses empty ones.
+            "function": {
+                "name": t.name,
+                "description": t.description,
+                **({"parameters": t.parameters} if t.parameters else {}),
+                "strict": t.strict,
+            },
         }
         for t in shown
     ]

@@ -46,6 +46,10 @@ class ServerConfig:
     """Requests of one API key in flight; more get 429. None: no bound."""
     queue_timeout: float = 600.0
     """Seconds after which a request that has not started gets 503."""
+    response_store_bytes: int = 256 * 2**20
+    """Memory for answers of /v1/responses that clients may ask for again; the oldest go first. 0: keep none."""
+    response_ttl: float = 86400.0
+    """Seconds that such an answer is kept."""
     drain_timeout: float = 30.0
     """Seconds that running requests get to finish after SIGTERM."""
     progress_timeout: float = 30.0
@@ -67,8 +71,10 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ServerConfigError(f"--{name.replace('_', '-')} must be at least 1, found {value}")
+        if self.response_store_bytes < 0:
+            raise ServerConfigError(f"--response-store-bytes must not be negative, found {self.response_store_bytes}")
         timeouts = ("body_timeout", "header_timeout", "write_timeout", "keep_alive_interval", "queue_timeout")
-        for name in (*timeouts, "progress_timeout"):
+        for name in (*timeouts, "progress_timeout", "response_ttl"):
             if not getattr(self, name) > 0:
                 raise ServerConfigError(f"--{name.replace('_', '-')} must be positive, found {getattr(self, name)}")
         if not self.drain_timeout >= 0:

@@ -18,7 +18,7 @@ from server import limits, logs
 from server.aliases import Dialect, canonical
 from server.auth import ANONYMOUS, OPEN_PATHS, KeyRing
 from server.config import ServerConfig
-from server.errors import ApiError, internal
+from server.errors import ApiError, internal, speaks_anthropic
 from server.metrics import Metrics
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -80,7 +80,10 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", context.request_id.encode("ascii"))]
+                request_id = context.request_id.encode("ascii")
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                if speaks_anthropic(path):
+                    message["headers"].append((b"request-id", request_id))
                 if context.ignored_fields:
                     message["headers"].append((b"x-fathom-ignored-fields", _names(context.ignored_fields)))
             elif is_head:
@@ -92,11 +95,11 @@ class Guard:
             await self._app(scope, receive if body is None else _replay(body, receive), tracking_send)
         except ApiError as error:
             if not status:
-                await error.response()(scope, receive, tracking_send)
+                await error.response(scope["path"])(scope, receive, tracking_send)
         except Exception as error:  # noqa: BLE001  the last boundary: a client gets an answer, the log gets the place
             logs.server.error("request %s failed: %s", context.request_id, logs.failure(error))
             if not status:
-                await internal().response()(scope, receive, tracking_send)
+                await internal().response(scope["path"])(scope, receive, tracking_send)
         finally:
             self._note(scope, "HEAD" if is_head else scope["method"], asked, context, status or CLIENT_GONE)
 

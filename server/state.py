@@ -16,6 +16,7 @@ from server.config import ServerConfig
 from server.errors import ApiError, model_not_found, overloaded
 from server.generation import Generator
 from server.metrics import Metrics
+from server.protocol.responses_store import ResponseStore
 from server.text.tokenizer import Tokenizer
 
 LOADING_RETRY_SECONDS = 5
@@ -69,6 +70,7 @@ class ServerState:
             max_queued_tokens=config.max_queued_tokens,
             max_requests_per_key=config.max_requests_per_key,
         )
+        self.responses = ResponseStore(max_bytes=config.response_store_bytes, ttl=config.response_ttl)
         self.metrics = Metrics(model_name, lambda: self._serving.engine if self._serving else None, self.admission)
         self.stopping: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when running requests must end now."""

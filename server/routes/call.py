@@ -1,13 +1,15 @@
 """What the routes do first: find the state, read a body, settle how many tokens may be generated."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 from starlette.requests import Request
 
 from server import limits
-from server.errors import context_exceeded
+from server.errors import ApiError, context_exceeded
 from server.middleware import context_of
 from server.protocol.common import Body
 from server.state import ServerState, Serving
@@ -38,6 +40,18 @@ async def read_body(request: Request, kind: type[B]) -> tuple[B, int]:
         state_of(request).metrics.unknown_fields.inc(len(unknown))
         context_of(request.scope).ignored_fields = unknown
     return body, len(raw)
+
+
+@contextmanager
+def renamed_params(names: Mapping[str, str]) -> Iterator[None]:
+    """ApiErrors that blame a field of a chat request blame the field of the API in use: `names` has the pairs."""
+    try:
+        yield
+    except ApiError as error:
+        if error.param is not None:
+            head = re.split(r"[.\[]", error.param, maxsplit=1)[0]
+            error.param = names.get(head, head) + error.param[len(head) :]
+        raise
 
 
 async def off_loop(num_bytes: int, work: Callable[[], T]) -> T:

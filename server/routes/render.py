@@ -11,14 +11,19 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server import limits
+from server.chat_request import ChatRequest
 from server.chat_run import render_request
 from server.completion_prompt import encode_prompts
 from server.errors import bad_request
 from server.middleware import context_of
-from server.protocol import sse
+from server.protocol import messages_request, responses_request, sse
 from server.protocol.chat import ChatBody
 from server.protocol.completions import CompletionBody
-from server.routes.call import estimated_tokens, off_loop, read_body, state_of
+from server.protocol.messages_request import CountBody
+from server.protocol.responses_request import ResponsesBody
+from server.routes.call import estimated_tokens, off_loop, read_body, renamed_params, state_of
+from server.routes.messages import check_model
+from server.routes.responses import asked_for
 from server.state import Serving
 
 router = APIRouter()
@@ -34,9 +39,14 @@ async def render(request: Request) -> Response:
     members = await off_loop(len(raw), lambda: limits.read_object(raw))
     if "prompt" in members:
         return await render_completion(request)
+    if "input" in members or "previous_response_id" in members:
+        return await render_response(request)
     if "messages" in members:
-        return await render_chat(request)
-    raise bad_request("Give `messages` or `prompt`, as the API has it whose prompt is asked for.", param="messages")
+        # What chat completions do not have: Anthropic's version header, which its clients always send, and `system`.
+        anthropic = "anthropic-version" in request.headers or "system" in members
+        return await (render_message if anthropic else render_chat)(request)
+    message = "Give `messages`, `input` or `prompt`, as the API has it whose prompt is asked for."
+    raise bad_request(message, param="messages")
 
 
 @router.post("/v1/chat/completions/render")
@@ -44,13 +54,29 @@ async def render_chat(request: Request) -> Response:
     body, num_bytes = await read_body(request, ChatBody)
     body.check()
     state_of(request).check_model(body.model)
-    chat = body.chat_request()
+    return await _answer_chat(request, num_bytes, body.chat_request())
 
-    def work(serving: Serving) -> list[Rendered]:
-        prompt = render_request(serving, chat)
-        return [(prompt.text, prompt.token_ids)]
 
-    return await _answer(request, num_bytes, work)
+@router.post("/v1/responses/render")
+async def render_response(request: Request) -> Response:
+    body, num_bytes = await read_body(request, ResponsesBody)
+    body.check()
+    state = state_of(request)
+    state.check_model(body.model)
+    _, asked, num_bytes = await asked_for(state, context_of(request.scope).key_id, body, num_bytes)
+    with renamed_params(responses_request.PARAMS):
+        return await _answer_chat(request, num_bytes, asked.chat)
+
+
+@router.post("/v1/messages/render")
+async def render_message(request: Request) -> Response:
+    body, num_bytes = await read_body(request, CountBody)
+    body.check()
+    state = state_of(request)
+    check_model(state, body.model)
+    chat = await off_loop(num_bytes, lambda: messages_request.to_chat(body, state.model_name))
+    with renamed_params(messages_request.PARAMS):
+        return await _answer_chat(request, num_bytes, chat)
 
 
 @router.post("/v1/completions/render")
@@ -61,6 +87,14 @@ async def render_completion(request: Request) -> Response:
 
     def work(serving: Serving) -> list[Rendered]:
         return [(serving.tokenizer.decode(ids), ids) for ids in encode_prompts(serving, body)]
+
+    return await _answer(request, num_bytes, work)
+
+
+async def _answer_chat(request: Request, num_bytes: int, chat: ChatRequest) -> Response:
+    def work(serving: Serving) -> list[Rendered]:
+        prompt = render_request(serving, chat)
+        return [(prompt.text, prompt.token_ids)]
 
     return await _answer(request, num_bytes, work)
 
