@@ -8,6 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from server.compat import in_dialect
 from server.errors import ApiError, from_validation, internal
 from server.middleware import Guard
 from server.openapi import encoded
@@ -57,7 +58,7 @@ def openapi() -> bytes:
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response(request.scope["path"])
+    return in_dialect(error, request.app.state.fathom.config.api_compat).response(request.scope["path"])
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:

@@ -12,14 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from server.chat_request import ChatRequest
+from server.compat import as_deepseek
 from server.errors import bad_request, echo
 from server.generation import GenerationEvent
+from server.grammar.build import build_grammar
 from server.middleware import RequestContext
 from server.routes.call import check_text_length, completion_budget, estimated_tokens, off_loop
 from server.routes.generate import Job, run
 from server.state import ServerState, Serving
 from server.text.effort import PromptError
 from server.text.prompt import Prompt, render_chat
+from server.turns import Turns
 from server.validation import check_prompt_logprobs, for_answer, sampling_params, truncated
 
 DEFAULT_TOKENS_CHAT = 8192
@@ -58,6 +61,8 @@ async def start_chat(
     Raises:
         ApiError: 400 with `param`, 429 or 503 as `Admission.enter` says.
     """
+    if state.config.api_compat == "deepseek":
+        chat = as_deepseek(chat)
     sampling = sampling_params(chat.fields, serving, chat.num_logprobs)
     shares = serving.info.enable_prefix_cache
     estimate = estimated_tokens(num_bytes)
@@ -65,7 +70,9 @@ async def start_chat(
         stack.enter_context(state.admission.enter(context.key_id, estimate if n == 0 or not shares else 1))
         for n in range(chat.num_choices)
     ]
-    prompt = await off_loop(num_bytes, lambda: render_request(serving, chat))
+    turns = turns_of(state, context, chat)
+    whole_prompt = await off_loop(num_bytes, lambda: render_request(serving, chat, turns))
+    prompt = truncated_prompt(serving, chat, whole_prompt)
     num_prompt_tokens = len(prompt.token_ids)
     check_prompt_logprobs([num_prompt_tokens], sampling.prompt_logprobs, "prompt_logprobs")
     max_tokens = completion_budget(
@@ -77,6 +84,7 @@ async def start_chat(
         limit_param=chat.max_tokens_param,
         lowers=chat.lowers_max_tokens,
     )
+    grammar = await build_grammar(serving.grammars, chat, serving.tokenizer)
     jobs = []
     for n, ticket in enumerate(tickets):
         ticket.count(num_prompt_tokens if n == 0 or not shares else 1)
@@ -90,7 +98,12 @@ async def start_chat(
                 parse="chat",
                 starts_in=prompt.starts_in,
                 continues=prompt.continues,
+                tools=offers_tools(chat),
+                grammar=grammar,
                 turn_start=prompt.turn_start,
+                recorder=turns.recorder(prompt, serving.tokenizer, tools=offers_tools(chat))
+                if prompt is whole_prompt
+                else None,
             )
         )
     choices = [run(state, serving, context, chat.fields, job) for job in jobs]
@@ -102,8 +115,13 @@ async def start_chat(
     )
 
 
-def render_request(serving: Serving, chat: ChatRequest) -> Prompt:
-    """The prompt of a request, without running it.
+def turns_of(state: ServerState, context: RequestContext, chat: ChatRequest) -> Turns:
+    """The turns that this request may meet again: as far apart from others' as its cached prefixes."""
+    return Turns(state.turns, state.keys.cache_salt(context.key_id, chat.fields.salt))
+
+
+def render_request(serving: Serving, chat: ChatRequest, turns: Turns | None = None) -> Prompt:
+    """The whole prompt of a request, without running it; with `turns`, exactly the one that would run.
 
     Raises:
         ApiError: 400 with `param`.
@@ -113,7 +131,7 @@ def render_request(serving: Serving, chat: ChatRequest) -> Prompt:
     tools, choice = _rendered_tools(chat)
     rendered = chat.output_format.rendered if chat.output_format is not None else None
     try:
-        prompt = render_chat(
+        return render_chat(
             serving.tokenizer,
             chat.messages,
             thinking=chat.thinking,
@@ -121,6 +139,8 @@ def render_request(serving: Serving, chat: ChatRequest) -> Prompt:
             tools=tools,
             tool_choice=choice,
             response_format=rendered,
+            effort_table=serving.effort_table,
+            turns=turns,
         )
     except PromptError as error:
         param = error.param
@@ -130,10 +150,10 @@ def render_request(serving: Serving, chat: ChatRequest) -> Prompt:
             # No tools were passed on, so what the encoder blames on them stood in a message.
             param = chat.messages_param
         raise bad_request(echo(str(error)), param=param) from None
-    return _truncated(serving, chat, prompt)
 
 
-def _truncated(serving: Serving, chat: ChatRequest, prompt: Prompt) -> Prompt:
+def truncated_prompt(serving: Serving, chat: ChatRequest, prompt: Prompt) -> Prompt:
+    """What `truncate_prompt_tokens` leaves of the prompt; the same object when that is all of it."""
     kept = truncated(prompt.token_ids, chat.fields, serving.max_request_tokens, chat.max_tokens)
     if len(kept) == len(prompt.token_ids):
         return prompt

@@ -3,6 +3,7 @@
 import ipaddress
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 VERSION = "0.1.0"
 
@@ -26,6 +27,11 @@ class ServerConfig:
     """TCP port; 0 takes a free one."""
     served_model_name: str | None = None
     """Name that clients send as `model`; the name of the model directory when absent."""
+    effort_table: Literal["auto", "preview", "release"] = "auto"
+    """Texts that tell the model how hard to think; auto: those of the checkpoint."""
+    api_compat: Literal["openai", "deepseek"] = "openai"
+    """deepseek: what api.deepseek.com does, with its forced sampling when thinking, its usage in streams and its error
+    bodies."""
     api_key_file: str | None = None
     """File with one API key in each line; lines that start with # are skipped. FATHOM_API_KEY adds one more."""
     body_limit: int = 32 * 2**20
@@ -44,6 +50,8 @@ class ServerConfig:
     """Prompt tokens that may wait; None: sixteen contexts, a million at least."""
     max_requests_per_key: int | None = None
     """Requests of one API key in flight; more get 429. None: no bound."""
+    replay_bytes: int = 64 * 2**20
+    """Bytes of sampled turns that are remembered, so that a conversation goes on with the tokens it had; 0: none."""
     queue_timeout: float = 600.0
     """Seconds after which a request that has not started gets 503."""
     response_store_bytes: int = 256 * 2**20
@@ -71,8 +79,9 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ServerConfigError(f"--{name.replace('_', '-')} must be at least 1, found {value}")
-        if self.response_store_bytes < 0:
-            raise ServerConfigError(f"--response-store-bytes must not be negative, found {self.response_store_bytes}")
+        for name in ("replay_bytes", "response_store_bytes"):
+            if getattr(self, name) < 0:
+                raise ServerConfigError(f"--{name.replace('_', '-')} must not be negative, found {getattr(self, name)}")
         timeouts = ("body_timeout", "header_timeout", "write_timeout", "keep_alive_interval", "queue_timeout")
         for name in (*timeouts, "progress_timeout", "response_ttl"):
             if not getattr(self, name) > 0:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import limits, logs
 from server.aliases import Dialect, canonical
 from server.auth import ANONYMOUS, OPEN_PATHS, KeyRing
+from server.compat import in_dialect
 from server.config import ServerConfig
 from server.errors import ApiError, internal, speaks_anthropic
 from server.metrics import Metrics
@@ -95,7 +96,7 @@ class Guard:
             await self._app(scope, receive if body is None else _replay(body, receive), tracking_send)
         except ApiError as error:
             if not status:
-                await error.response(scope["path"])(scope, receive, tracking_send)
+                await in_dialect(error, self._config.api_compat).response(scope["path"])(scope, receive, tracking_send)
         except Exception as error:  # noqa: BLE001  the last boundary: a client gets an answer, the log gets the place
             logs.server.error("request %s failed: %s", context.request_id, logs.failure(error))
             if not status:

@@ -15,9 +15,12 @@ from server.batches.store import Batches
 from server.config import ServerConfig
 from server.errors import ApiError, model_not_found, overloaded
 from server.generation import Generator
+from server.grammar.service import GrammarService
 from server.metrics import Metrics
 from server.protocol.responses_store import ResponseStore
+from server.text.effort import EffortTable, table_of
 from server.text.tokenizer import Tokenizer
+from server.turns import TurnMemory
 
 LOADING_RETRY_SECONDS = 5
 _TOKENS_BOUND = 2**20
@@ -46,6 +49,8 @@ class Serving:
     engine: EngineClient
     tokenizer: Tokenizer
     generator: Generator
+    grammars: GrammarService
+    effort_table: EffortTable = "release"
 
     @property
     def info(self) -> EngineInfo:
@@ -76,6 +81,7 @@ class ServerState:
         """Done when running requests must end now."""
         self._serving: Serving | None = None
         self.lane = Lane()
+        self.turns = TurnMemory(config.replay_bytes)
         self.database = database or Database.open(None)
         self.files = Files(self.database, bytes_per_owner=config.file_bytes_per_key)
         self.batches = Batches(self.database, bytes_per_owner=config.file_bytes_per_key)
@@ -92,10 +98,20 @@ class ServerState:
 
     def attach(self, engine: EngineClient, tokenizer: Tokenizer) -> None:
         """Serve with this engine and the tokenizer of its model."""
-        self._serving = Serving(engine, tokenizer, Generator(engine, tokenizer))
+        table = self.config.effort_table
+        if table == "auto":
+            table = table_of(engine.info.model_dir, is_preview=engine.info.is_preview)
+        info = engine.info
+        grammars = GrammarService(info.model_dir, vocab_size=info.vocab_size, eos_token_id=info.eos_token_id)
+        self._serving = Serving(engine, tokenizer, Generator(engine, tokenizer), grammars, table)
         self.admission.drain_seconds = lambda: engine.stats.drain_seconds
         if self.admission.max_queued_tokens is None:
             self.admission.max_queued_tokens = max(_TOKENS_BOUND, _CONTEXTS_BOUND * engine.info.max_model_len)
+
+    async def detach(self) -> None:
+        """End what was started beside the engine."""
+        if self._serving is not None:
+            await self._serving.grammars.close()
 
     def serving(self) -> Serving:
         """Raises ApiError 503 while there is no engine to ask."""

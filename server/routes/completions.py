@@ -15,6 +15,8 @@ from server.chat_run import after_the_first
 from server.completion_prompt import echoed_text, encode_prompts, ends_in_reasoning
 from server.errors import ApiError
 from server.generation import GenerationEvent, TokenLogprob, Usage
+from server.grammar.build import build_format
+from server.grammar.formats import output_format_of
 from server.middleware import context_of
 from server.protocol import sse
 from server.protocol.common import usage_counts
@@ -24,7 +26,7 @@ from server.routes.call import completion_budget, estimated_tokens, off_loop, re
 from server.routes.generate import Job, answer_id, merge, run, total_usage, usage_of_choices
 from server.routes.stream import EventStream, until_disconnect
 from server.state import Serving
-from server.validation import check_prompt_logprobs, for_answer, sampling_params
+from server.validation import END_OF_REASONING, check_prompt_logprobs, for_answer, sampling_params
 
 router = APIRouter()
 
@@ -42,6 +44,7 @@ async def completions(request: Request) -> Response:
     params = msgspec.structs.replace(
         sampling_params(body, serving, body.logprobs), prompt_logprobs=body.num_prompt_logprobs
     )
+    wanted = output_format_of(body)
     share = estimated_tokens(num_bytes) // len(body.prompt) + 1
     # One computes the prompt, the others find it in the cache.
     shares = serving.info.enable_prefix_cache
@@ -69,7 +72,11 @@ async def completions(request: Request) -> Response:
                 ticket.count(len(ids) if not n or not shares else 1)
                 reasoning = ends_in_reasoning(ids, serving.tokenizer)
                 sampling = for_answer(params, max_tokens=max_tokens, reasoning=reasoning, choice=n)
-                job = Job(prompt_ids=ids, sampling=sampling, ticket=ticket, parse="raw")
+                grammar = None
+                if wanted is not None:
+                    after = serving.tokenizer.required_id(END_OF_REASONING) if reasoning else None
+                    grammar = await build_format(serving.grammars, wanted, after=after)
+                job = Job(prompt_ids=ids, sampling=sampling, ticket=ticket, parse="raw", grammar=grammar)
                 choices.append(run(state, serving, context, body, job))
             sources += after_the_first(choices) if shares or params.prompt_logprobs is not None else choices
         answer = _Answer(serving, body, prompts)
@@ -78,7 +85,8 @@ async def completions(request: Request) -> Response:
             chunks = CompletionChunks(
                 answer_id("cmpl"), int(time.time()), state.model_name, include_usage=body.include_usage
             )
-            return EventStream(_stream(events, chunks, answer, body), state, stack.pop_all().close)
+            on_finish = state.config.api_compat == "deepseek"
+            return EventStream(_stream(events, chunks, answer, body, on_finish), state, stack.pop_all().close)
         whole = await until_disconnect(request, state, _whole(events, state.model_name, answer))
         return Response(whole, media_type="application/json")
 
@@ -132,6 +140,10 @@ class _Answer:
             choice.finish_reason, choice.usage = event.finish_reason, event.usage
         return choice
 
+    @property
+    def is_over(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
+
     def take(self, index: int) -> dict[str, Any]:
         """The news of a choice in the fields of a chunk; the first ones of an echo begin with the prompt."""
         choice, body, prompt = self.choices[index], self._body, index // self._body.n
@@ -182,17 +194,19 @@ class _Answer:
 
 
 async def _stream(
-    events: Merged, chunks: CompletionChunks, answer: _Answer, body: CompletionBody
+    events: Merged, chunks: CompletionChunks, answer: _Answer, body: CompletionBody, usage_on_finish: bool
 ) -> AsyncGenerator[bytes, None]:
+    """`usage_on_finish`: DeepSeek's way, without a chunk of its own."""
     try:
         async with aclosing(events):
             async for index, event in events:
                 choice = answer.add(index, event)
                 first = body.echo and not choice.begun and event.prompt_logprobs is not None
                 if choice.text or choice.finish_reason is not None or first:
-                    usage = answer.usage() if body.continuous_usage else None
+                    told = body.continuous_usage or (usage_on_finish and answer.is_over)
+                    usage = answer.usage() if told else None
                     yield chunks.text(index, **answer.take(index), usage=usage)
-            if body.include_usage:
+            if body.include_usage and not usage_on_finish:
                 yield chunks.usage(answer.usage())
             yield sse.DONE
     except ApiError as error:

@@ -5,11 +5,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from secrets import token_hex
-from typing import Literal
 
 import numpy as np
 
-from engine.messages import RequestError, SamplingParams
+from engine.messages import Grammar, RequestError, SamplingParams
 from server.admission import Admission, Ticket
 from server.errors import ApiError, bad_request, overloaded
 from server.generation import GenerationEvent, ParseMode, Usage
@@ -17,6 +16,8 @@ from server.metrics import RequestMeter
 from server.middleware import RequestContext
 from server.protocol.common import SamplingFields
 from server.state import ServerState, Serving
+from server.text.parser import StartsIn
+from server.turns import TurnRecorder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +29,15 @@ class Job:
     sampling: SamplingParams
     ticket: Ticket
     parse: ParseMode
-    starts_in: Literal["reasoning", "content", "calls"] = "content"
+    starts_in: StartsIn = "content"
     continues: bool = False
+    tools: bool = False
+    """The answer may hold tool calls."""
+    grammar: Grammar | None = None
+    """What the answer may be; None: anything."""
     turn_start: int = 0
     """Where another prompt of the same conversation is likely to part from this one; 0: unknown."""
+    recorder: TurnRecorder | None = None
 
 
 def answer_id(kind: str) -> str:
@@ -59,9 +65,11 @@ async def run(
         parse=job.parse,
         starts_in=job.starts_in,
         continues=job.continues,
+        tools=job.tools,
         stop=body.stop,
         include_stop=body.include_stop_str_in_output,
         cache_salt=state.keys.cache_salt(context.key_id, body.salt),
+        grammar=job.grammar,
         priority=body.priority + lane.priority,
         deadline=context.arrival + state.config.queue_timeout if lane.queue_timeout else None,
         arrival_time=context.arrival,
@@ -79,6 +87,8 @@ async def run(
                     reason = event.finish_reason
                 if event.error is not None:
                     raise _engine_error(event.error, state.admission)
+                if job.recorder is not None:
+                    job.recorder.add(event)
                 yield event
     finally:
         meter.finish(reason)

@@ -1,4 +1,4 @@
-"""POST /v1/messages and /v1/messages/count_tokens, the Anthropic API; the same under /anthropic."""
+"""POST /v1/messages and /v1/messages/count_tokens, the Anthropic API."""
 
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing

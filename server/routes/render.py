@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from server import limits
 from server.chat_request import ChatRequest
-from server.chat_run import render_request
+from server.chat_run import render_request, truncated_prompt, turns_of
 from server.completion_prompt import encode_prompts
 from server.errors import bad_request
 from server.middleware import context_of
@@ -92,8 +92,10 @@ async def render_completion(request: Request) -> Response:
 
 
 async def _answer_chat(request: Request, num_bytes: int, chat: ChatRequest) -> Response:
+    turns = turns_of(state_of(request), context_of(request.scope), chat)
+
     def work(serving: Serving) -> list[Rendered]:
-        prompt = render_request(serving, chat)
+        prompt = truncated_prompt(serving, chat, render_request(serving, chat, turns))
         return [(prompt.text, prompt.token_ids)]
 
     return await _answer(request, num_bytes, work)

@@ -1,7 +1,12 @@
-"""Small engines of books only: configurations, requests and a core around the simulated executor."""
+"""Small engines of books only: configurations, requests and a core around the simulated executor.
 
+Helpers beside the tests of a folder are a package of its name: `symbolic`, `runner`.
+"""
+
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +17,10 @@ from engine.messages import AddRequest, SamplingParams, pack_ids
 from engine.request import Request
 from engine.scheduler import Scheduler
 from model.presets import preset
+
+_HERE = str(Path(__file__).resolve().parent)
+if _HERE not in sys.path:
+    sys.path.append(_HERE)
 
 BASE = ResolvedConfig(
     model_dir="",

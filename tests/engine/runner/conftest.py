@@ -7,15 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from runner.long_run import LongRun, decoded, in_one_piece
 
 from engine.config import EngineConfig, MachineFacts, ResolvedConfig, resolve
 from engine.messages import SamplingParams
 from engine.plan import NewRequest, ScheduledTokens, StepPlan, StepResult
 from engine.runner.executor import ModelExecutor
+from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.ops.table import resolve_ops
 from model.presets import preset
 from model.quant import WeightFormat
+from model.tools.make_checkpoint import make_checkpoint
 from model.transformer import Transformer
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10_000)
@@ -214,3 +217,32 @@ def short_lab() -> Lab:
 @pytest.fixture
 def make_hand(lab: Lab) -> Callable[..., Hand]:
     return lab.hand
+
+
+@pytest.fixture(scope="session")
+def nano_lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """The preset `nano` as it is made and loaded for a user, in fp32."""
+    directory = tmp_path_factory.mktemp("nano") / "f32"
+    make_checkpoint("nano", 0, "f32", directory)
+    return Lab(
+        {
+            flag: load_model(
+                directory,
+                dtype=torch.float32,
+                numerics="plain",
+                ops=resolve_ops("cpu", deterministic=flag),
+                progress=False,
+            )
+            for flag in (True, False)
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def nano_fast_run(nano_lab: Lab) -> LongRun:
+    return decoded(nano_lab)
+
+
+@pytest.fixture(scope="session")
+def nano_run(nano_lab: Lab, nano_fast_run: LongRun) -> LongRun:
+    return in_one_piece(nano_lab, nano_fast_run.tokens)

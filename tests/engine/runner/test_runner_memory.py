@@ -1,88 +1,10 @@
 """On small random models, deterministic: an answer from cached memory is the cold one, log probabilities to the bit."""
 
 import random
-from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-
-from engine.core import EngineCore
-from engine.messages import AddRequest, FinishReason, SamplingParams, StepOutputs, pack_ids
-from engine.outputs import split
-from engine.runner.executor import ModelExecutor
-
-TOP = 5
-MOST_STEPS = 4000
-
-
-@dataclass(slots=True)
-class Answer:
-    tokens: list[int]
-    logprobs: list[Any]
-    finish: FinishReason | None = None
-    cached_tokens: int = 0
-
-
-class Engine:
-    """The engine core on this thread, its books checked after every step."""
-
-    def __init__(self, lab: Any, *, output_quantile: float = 1.0, **flags: Any) -> None:
-        config = lab.resolved(**flags)
-        config = replace(config, scheduling=replace(config.scheduling, output_quantile=output_quantile))
-        self.core = EngineCore(ModelExecutor(config, lab.models[True]))
-        self.answers: dict[str, Answer] = {}
-
-    def submit(self, name: str, prompt: list[int], answer: int, anchors: tuple[int, ...] = ()) -> None:
-        sampling = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True, logprobs=TOP, seed=1)
-        message = AddRequest(
-            request_id=name,
-            prompt_token_ids=pack_ids(prompt),
-            sampling=sampling,
-            snapshot_positions=pack_ids(list(anchors)),
-        )
-        self.answers[name] = Answer([], [])
-        self.core.inbox.put(self.core.prepare(message))
-
-    def step(self) -> None:
-        self.core.step()
-        self.core.scheduler.check()
-        while self.core.outbox:
-            frame = self.core.outbox.popleft()
-            assert isinstance(frame, StepOutputs)
-            for name, output in split(frame):
-                assert output.error is None
-                answer = self.answers[name]
-                answer.tokens += output.token_ids
-                answer.logprobs += output.logprobs or ()
-                answer.cached_tokens = output.cached_tokens
-                answer.finish = output.finish_reason or answer.finish
-
-    def run(self) -> None:
-        for _ in range(MOST_STEPS):
-            if not self.core.scheduler.has_work and self.core.inbox.empty():
-                return
-            self.step()
-        raise AssertionError("the engine does not come to rest")
-
-    def ask(self, prompt: list[int], answer: int, anchors: tuple[int, ...] = ()) -> Answer:
-        name = f"r{len(self.answers)}"
-        self.submit(name, prompt, answer, anchors)
-        self.run()
-        return self.answers[name]
-
-    @property
-    def stats(self) -> Any:
-        return self.core.scheduler.stats()
-
-
-def cold(lab: Any, prompt: list[int], answer: int) -> Answer:
-    return Engine(lab, enable_prefix_cache=False).ask(prompt, answer)
-
-
-def assert_same(found: Answer, expected: Answer) -> None:
-    assert found.tokens == expected.tokens
-    assert found.logprobs == expected.logprobs
-    assert found.finish == expected.finish == "length"
+from runner.core_lab import Engine, assert_same, cold
 
 
 @pytest.mark.parametrize("length", [130, 255, 256, 257, 301, 383, 511, 514])
