@@ -47,7 +47,7 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-    completion_tokens_details: ReasoningTokens
+    completion_tokens_details: NotRequired[ReasoningTokens]
     prompt_cache_hit_tokens: int
     prompt_cache_miss_tokens: int
 

@@ -140,7 +140,7 @@ def test_render_is_the_prompt_that_would_run(serving: Any) -> None:
     ]
 
     async def main() -> None:
-        async with serving(answer="x") as server:
+        async with serving(answer="x</think>y") as server:
             for body in chats:
                 ran = (await server.post("/v1/chat/completions", {**body, "return_token_ids": True})).json()
                 for path in ("/render", "/v1/render", "/v1/chat/completions/render"):
