@@ -36,7 +36,7 @@ MODEL = "deepseek-v4-flash"
 MAX_MODEL_LEN = 262_144
 GREETING = "Hello from Fathom."
 REPORT = "The tool said:"
-SCHEMA_ANSWER = '{"city":"Paris","degrees":21}'
+SCHEMA_ANSWER = '{"city": "Paris", "degrees": 21}'
 _CALL = re.compile(r"CALL (\S+) (\{.*\})")
 _RESULT = re.compile(r"<tool_result>(.*?)</tool_result>", re.DOTALL)
 
@@ -51,7 +51,7 @@ def answer(prompt: str) -> str:
     if results:
         said = f"{REPORT} {results[-1].strip()[-200:]}"
     elif calls:
-        said = "I will look." + _block(calls)
+        said = _block(calls)
     elif "## Response Format:" in prompt:
         said = SCHEMA_ANSWER
     opened = prompt.endswith("<｜DSML｜tool_calls>\n")
