@@ -1,4 +1,4 @@
-"""Libraries that agents are built with: tool loops free and forced, thinking or not, streamed and whole, and schemas."""
+"""Libraries that agents are built with: tool loops free and forced, thinking or not, streamed and whole; schemas."""
 
 import json
 from collections.abc import Callable
