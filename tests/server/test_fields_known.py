@@ -207,7 +207,7 @@ def test_the_other_apis_forget_none_of_them(kind: type[Body]) -> None:
     assert all(kind.knows(name) for name in shared)
     # What `SamplingFields` declares and such an answer cannot show is refused before it is read.
     for name, value in (("n", 2), ("prompt_logprobs", 1), ("return_token_ids", True), ("include_reasoning", False)):
+        content = {"input": "x"} if kind is ResponsesBody else {"messages": [{}]}
         with pytest.raises(ApiError) as raised:
-            content = {"input": "x"} if kind is ResponsesBody else {"messages": [{}]}
             kind.from_object({"model": "m", "max_tokens": 1, **content, name: value})
         assert raised.value.param == name
