@@ -32,8 +32,11 @@ NO_CHOICES: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
 }
-"""Fields of completions that an answer of one message has no place for."""
+"""Fields of chat and completions that these APIs have no place for."""
 
 ShortKey = Annotated[str, Field(max_length=64)]
 ShortText = Annotated[str, Field(max_length=512)]
