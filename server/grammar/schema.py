@@ -30,6 +30,7 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
 _ONE = ("additionalProperties", "items")
 _LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "$def")
+_COUNTS = frozenset(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"))
 _TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
 
 
@@ -85,6 +86,8 @@ class Reading:
             if not isinstance(value, dict):
                 raise SchemaError(f"{keyword} must be an object of schemas at {place}")
             return {name: self.read(each, f"{here}/{name}", depth + 1) for name, each in value.items()}
+        if keyword in _COUNTS and isinstance(value, float) and value.is_integer():
+            return int(value)
         return value
 
     def _refuse(self, keyword: str, place: str, why: str = "it cannot be enforced") -> None:

@@ -6,6 +6,7 @@ standard output   a line when it is ready; then one line for each job (`GrammarT
 
 import ctypes
 import os
+import re
 import resource
 import signal
 import sys
@@ -20,6 +21,16 @@ from server.grammar.writer import RefusedError, write_grammar
 
 _MOST_MESSAGE = 400
 _PR_SET_PDEATHSIG = 1
+
+
+_PLAIN = {
+    "oneOf constraints": "the keyword `oneOf` is not supported where two of its schemas may hold at once",
+    "Resource '": "the keyword `$ref` points outside of the schema, which is not supported",
+    "patternProperty regexes": "the keyword `patternProperties` is not supported where two patterns may match one name",
+    "multipleOf": "the keyword `multipleOf` is not supported",
+}
+"""What the library says in words of its own."""
+_UNIMPLEMENTED = re.compile(r'Unimplemented keys: \["([^"]+)"')
 
 
 class Checker:
@@ -80,10 +91,19 @@ def _first_line(message: str) -> str:
     """The library's message without its excerpt of the grammar."""
     lines = [line for line in message.splitlines() if line.strip() and not line.lstrip()[:1].isdigit()]
     text = (lines or [message])[0]
+    cause = next((line for line in lines if line.startswith("error: ")), "")
+    if cause and text.endswith("parse error:"):
+        text = f"{text} {cause.removeprefix('error: ')}"
     head, _, rest = text.partition(": failed to compile JSON schema: ")
     if not rest and head.startswith("at "):
         rest = head.partition(": ")[2]
-    return (rest or head)[:_MOST_MESSAGE]
+    reason = rest or head
+    if (unknown := _UNIMPLEMENTED.search(reason)) is not None:
+        return f"the keyword `{unknown[1]}` is not supported"
+    for words, plain in _PLAIN.items():
+        if words in reason:
+            return f"{plain} ({reason[:_MOST_MESSAGE]})" if plain.endswith("supported") else plain
+    return reason[:_MOST_MESSAGE]
 
 
 if __name__ == "__main__":
