@@ -29,7 +29,7 @@ _LATENCY = (
 )
 _TOKENS = tuple(float(m * 10**e) for e in range(7) for m in (1, 2, 5))
 _LABELS = ("model_name", "engine")
-_FINISH_REASONS = ("stop", "length", "abort", "error")
+_FINISH_REASONS = ("stop", "length", "tool_calls", "abort", "error")
 
 _HISTOGRAMS = {
     "vllm:time_to_first_token_seconds": ("Seconds from arrival to the first token.", _TTFT),

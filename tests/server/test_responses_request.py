@@ -64,6 +64,7 @@ def ours(**fields: Any) -> str:
     class OnlyTokenizer:
         tokenizer = TOKENIZER
         max_request_tokens = 2**20
+        effort_table = "release"
 
     return render_request(OnlyTokenizer(), asked(**fields).chat).text  # type: ignore[arg-type]
 
