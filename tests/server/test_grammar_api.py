@@ -96,7 +96,6 @@ def test_patterns_grammars_and_choices(serving: Callable[..., Any]) -> None:
     asyncio.run(run())
 
 
-THOUGHT = "Hm, <｜DSML｜"
 CONTENT = '{"kind": "a", "n": 7}'
 CALL = (
     '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get_tides">\n<｜DSML｜parameter name="days" string="false">2'
@@ -113,15 +112,23 @@ def test_calls_follow_the_declared_tools_while_thinking_too(
     named = {"type": "function", "function": {"name": "get_tides"}}
     fields = {"tools": TOOLS, "tool_choice": named if choice == "named" else choice, "stream": stream}
 
+    wrong = {
+        "wrong tool": CALL.replace("get_tides", "get_news"),
+        "wrong value": CALL.replace(">2<", ">9<"),
+        "wrong name": CALL.replace('"days"', '"d"'),
+    }
+    answers = {word: "Hm.</think>" + text for word, text in {**wrong, "right": CALL}.items()}
+
     async def run() -> None:
-        async with serving(answer="Hm.</think>" + CALL) as server:
-            answer = await server.post(CHAT, chat(thinking=True, **fields))
-            assert answer.status_code == 200, answer.text
-            assert "error" not in answer.text and "get_tides" in answer.text and "tool_calls" in answer.text
-        for wrong in (CALL.replace("get_tides", "get_news"), CALL.replace(">2<", ">9<"), CALL.replace('"days"', '"d"')):
-            async with serving(answer="Hm.</think>" + wrong) as server:
-                answer = await server.post(CHAT, chat(thinking=True, **fields))
-                assert "grammar" in answer.text and (stream or answer.status_code == 500)
+        async with serving(by_word=answers) as server:
+            for word in answers:
+                messages = [{"role": "user", "content": word}]
+                answer = await server.post(CHAT, {**chat(thinking=True, **fields), "messages": messages})
+                if word == "right":
+                    assert answer.status_code == 200, answer.text
+                    assert "error" not in answer.text and "get_tides" in answer.text and "tool_calls" in answer.text
+                else:
+                    assert "grammar" in answer.text and (stream or answer.status_code == 500)
 
     asyncio.run(run())
 
@@ -142,15 +149,19 @@ def test_a_forced_call_without_thinking(serving: Callable[..., Any]) -> None:
 
 
 def test_content_or_call_where_both_are_asked_for(serving: Callable[..., Any]) -> None:
+    texts = {"content": CONTENT, "call": CALL, "words": "words", "both": CONTENT + CALL}
+
     async def run() -> None:
-        for text, ok in ((CONTENT, True), (CALL, True), ("words", False), (CONTENT + CALL, False)):
-            async with serving(answer="Hm.</think>" + text) as server:
-                answer = await server.post(CHAT, chat(thinking=True, tools=TOOLS, **FORMATS[0]))
-                assert (answer.status_code == 200) == ok, answer.text
-                if ok:
+        async with serving(by_word={f"say {word}": "Hm.</think>" + text for word, text in texts.items()}) as server:
+            for word in texts:
+                messages = [{"role": "user", "content": f"say {word}"}]
+                fields = {**chat(thinking=True, tools=TOOLS, **FORMATS[0]), "messages": messages}
+                answer = await server.post(CHAT, fields)
+                assert (answer.status_code == 200) == (word in ("content", "call")), answer.text
+                if answer.status_code == 200:
                     got = message(answer)
-                    assert bool(got.get("tool_calls")) == (text == CALL)
-                    assert text == CALL or json.loads(got["content"]) == json.loads(CONTENT)
+                    assert bool(got.get("tool_calls")) == (word == "call")
+                    assert word == "call" or json.loads(got["content"]) == json.loads(CONTENT)
 
     asyncio.run(run())
 
@@ -170,16 +181,33 @@ def test_content_or_call_where_both_are_asked_for(serving: Callable[..., Any]) -
         ({"guided_grammar": "start: (("}, "guided_grammar", "guided_grammar"),
         ({"guided_regex": "(a)\\1"}, "guided_regex", "backreferences"),
         (
-            {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}]},
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {
+                            "name": "f",
+                            "strict": True,
+                            "parameters": {
+                                "type": "object",
+                                "properties": {"a": {"type": "string", "pattern": "(?=x)y"}},
+                            },
+                        },
+                    }
+                ]
+            },
             "tools",
-            "f",
+            "look-around",
         ),
         (
             {
-                "messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "{", "prefix": True}],
-                "response_format": {"type": "json_object"},
+                "messages": [
+                    {"role": "user", "content": "json"},
+                    {"role": "assistant", "content": "{", "prefix": True},
+                ],
+                "guided_json": {},
             },
-            "response_format",
+            "guided_json",
             "continued",
         ),
     ],
