@@ -27,6 +27,9 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "additionalItems": _ALWAYS,
     "x-guidance": _ALWAYS,
 }
+_ANNOTATIONS = frozenset(
+    ("title", "description", "default", "examples", "example", "$comment", "deprecated", "readOnly", "writeOnly")
+)
 _ONE = ("additionalProperties", "items")
 _LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "$def")
@@ -57,6 +60,8 @@ class Reading:
             raise SchemaError(f"more than {DEEPEST} levels of schemas at {place[:80]}")
         kept: dict[str, Any] = {}
         for keyword, value in schema.items():
+            if keyword in _ANNOTATIONS:
+                continue
             neutral = _UNSUPPORTED.get(keyword)
             if neutral is not None:
                 if not neutral(value):

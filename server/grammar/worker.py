@@ -20,6 +20,8 @@ from server.grammar.messages import Answer, GrammarJob, Refusal, Setup
 from server.grammar.writer import RefusedError, write_grammar
 
 _MOST_MESSAGE = 400
+_MOST_PART = 4096
+_MOST_PARTS = 2048
 _PR_SET_PDEATHSIG = 1
 
 
@@ -38,6 +40,8 @@ class Checker:
 
     def __init__(self, tokens: GrammarTokens) -> None:
         self._tokens = tokens
+        self._parts: dict[str, str | None] = {}
+        """Results of small grammars: tools have the same parts again and again."""
 
     def answer(self, job: GrammarJob) -> Answer:
         try:
@@ -50,6 +54,15 @@ class Checker:
 
     def compiles(self, text: str) -> str | None:
         """Why a grammar cannot be used; None: it compiles, and something can be said in it."""
+        if len(text) > _MOST_PART:
+            return self._compile(text)
+        if text not in self._parts:
+            if len(self._parts) >= _MOST_PARTS:
+                self._parts.clear()
+            self._parts[text] = self._compile(text)
+        return self._parts[text]
+
+    def _compile(self, text: str) -> str | None:
         matcher = self._tokens.matcher(text)
         if matcher.is_error():
             return _first_line(matcher.get_error())
