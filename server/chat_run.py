@@ -84,7 +84,7 @@ async def start_chat(
         limit_param=chat.max_tokens_param,
         lowers=chat.lowers_max_tokens,
     )
-    grammar = await build_grammar(serving.grammars, chat, serving.tokenizer)
+    grammar = await build_grammar(serving.grammars, chat, serving.tokenizer, left_out=context.ignored_fields)
     jobs = []
     for n, ticket in enumerate(tickets):
         ticket.count(num_prompt_tokens if n == 0 or not shares else 1)

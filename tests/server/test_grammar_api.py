@@ -225,6 +225,18 @@ def test_what_cannot_be_kept_is_refused_by_name(
     asyncio.run(run())
 
 
+def test_keywords_that_a_tool_cannot_have_are_named_in_a_header(serving: Callable[..., Any]) -> None:
+    parameters = {"type": "object", "properties": {"ids": {"type": "array", "uniqueItems": True}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+    async def run() -> None:
+        async with serving() as server:
+            answer = await server.post(CHAT, chat(tools=tools, max_tokens=5))
+            assert answer.headers["x-fathom-ignored-fields"] == "tools.f.properties.ids.uniqueItems"
+
+    asyncio.run(run())
+
+
 def test_tools_that_must_not_be_called_leave_text_free_of_markers(serving: Callable[..., Any]) -> None:
     async def run() -> None:
         async with serving() as server:
