@@ -133,7 +133,7 @@ class SamplingFields(Body):
         Field(max_length=limits.MOST_BAD_WORDS),
     ] = []
     seed: Annotated[int, Field(ge=-(2**63), le=limits.MOST_INTEGER)] | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops, json_schema_input_type=str | list[str])] = ()
     stop_token_ids: Annotated[list[int], Field(max_length=limits.MOST_STOP_IDS)] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
