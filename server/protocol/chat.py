@@ -55,8 +55,6 @@ class ChatBody(SamplingFields, ThinkingFields, FormatFields):
             raise unsupported(self.asked_format)
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs should be set along with logprobs = true", param="top_logprobs")
-        if self.prompt_logprobs is not None:
-            raise unsupported("prompt_logprobs")
 
     def chat_request(self) -> ChatRequest:
         """The same request in the words of no API. Raises ApiError 400 with `param`."""
