@@ -65,6 +65,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Stronger than everything above."""
 
 
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What an answer may be. Checked by the server: it compiles within the engine's limits and can be satisfied."""
+
+    text: str
+    """In the grammar library's own form; empty: any text, without tokens of the added vocabulary."""
+    after: int | None = None
+    """The token behind which the text begins; before it any ordinary token may stand, and the answer cannot end.
+    None: it begins with the first token."""
+    markers: tuple[int, ...] = ()
+    """Tokens of the added vocabulary that the text may use, whatever it says. The end of sequence is always one."""
+
+
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     request_id: str
     """Made by the server: a client's own id never keys engine state."""
@@ -80,6 +92,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     trace_id: str | None = None
     tenant: str = ""
     """Whose share of the machine this is: the server's name of the API key, never the key."""
+    grammar: Grammar | None = None
     snapshot_positions: bytes = b""
     """Positions (packed, ascending, within the prompt) at which a chunk must end so that a snapshot can be taken."""
 
@@ -198,6 +211,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens of started requests that were cached, and"""
     queried_tokens: int = 0
     """all of them; totals since start."""
+    num_grammars: int = 0
+    """Requests that follow one, those that wait for it to be compiled included."""
+    grammar_bytes: int = 0
+    """Compiled grammars and the places of requests in them; an estimate."""
     miss_counts: dict[str, int] = {}
     """Started requests by why no more was cached ("none": all that could be expected was); totals since start."""
 

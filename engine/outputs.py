@@ -55,9 +55,9 @@ class OutputColumns:
         """Beside the row of the request's first token; `chunks` cover its prompt in order."""
         self._prompt_logprobs[request_id] = _columns(chunks)
 
-    def refuse(self, request_id: str, error: RequestError) -> None:
-        """A row for a request that never came to be."""
-        self._append(request_id, (), finish="error", error=error)
+    def refuse(self, request_id: str, error: RequestError | None) -> None:
+        """A row for a request that never came to be; without an error it was aborted."""
+        self._append(request_id, (), finish="abort" if error is None else "error", error=error)
 
     def _append(
         self,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from engine.grammar.masks import TokenMasks
 from engine.messages import SamplingParams
 
 
@@ -93,6 +94,8 @@ class StepPlan:
 
         finished, new -> page_spills -> page_loads, page_copies, slot_restores -> replays -> scheduled -> slot_snapshots
 
+    except that a snapshot at the position of its slot's replay is taken between the two.
+
     So a page may be spilled and given away in one plan, and a snapshot sees the position that its step has reached (one
     of a request in `StepResult.failed` holds nothing). A slot may be kept in the plan that finishes its request, unless
     the same plan gives it away.
@@ -110,6 +113,8 @@ class StepPlan:
     replays: tuple[Replay, ...] = ()
     """Of requests that are scheduled in this plan."""
     slot_snapshots: tuple[SlotSnapshot, ...] = ()
+    masks: TokenMasks | None = None
+    """Of the requests that sample in this plan under a grammar. They are still being filled when the step begins."""
     fences: tuple[int, ...] = ()
     """Step ids whose deferred frees are released once this step has run."""
 

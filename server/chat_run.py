@@ -15,6 +15,7 @@ from server.chat_request import ChatRequest
 from server.compat import as_deepseek
 from server.errors import bad_request, echo
 from server.generation import GenerationEvent
+from server.grammar.build import build_grammar
 from server.middleware import RequestContext
 from server.routes.call import check_text_length, completion_budget, estimated_tokens, off_loop
 from server.routes.generate import Job, run
@@ -83,6 +84,7 @@ async def start_chat(
         limit_param=chat.max_tokens_param,
         lowers=chat.lowers_max_tokens,
     )
+    grammar = await build_grammar(serving.grammars, chat, serving.tokenizer)
     jobs = []
     for n, ticket in enumerate(tickets):
         ticket.count(num_prompt_tokens if n == 0 or not shares else 1)
@@ -97,6 +99,7 @@ async def start_chat(
                 starts_in=prompt.starts_in,
                 continues=prompt.continues,
                 tools=offers_tools(chat),
+                grammar=grammar,
                 turn_start=prompt.turn_start,
                 recorder=turns.recorder(prompt, serving.tokenizer, tools=offers_tools(chat))
                 if prompt is whole_prompt

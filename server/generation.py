@@ -9,7 +9,15 @@ import msgspec
 import numpy as np
 
 from engine.client import EngineClient, EngineDeadError, RequestOutput
-from engine.messages import AddRequest, LogprobRow, PromptLogprobColumns, RequestError, SamplingParams, pack_ids
+from engine.messages import (
+    AddRequest,
+    Grammar,
+    LogprobRow,
+    PromptLogprobColumns,
+    RequestError,
+    SamplingParams,
+    pack_ids,
+)
 from server.text.calls import CallDelta as CallDelta
 from server.text.parser import Delta, OutputParser, StartsIn
 from server.text.stop import StopMatcher
@@ -96,6 +104,7 @@ class Generator:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         cache_salt: str = "",
+        grammar: Grammar | None = None,
         priority: int = 0,
         deadline: float | None = None,
         arrival_time: float = 0.0,
@@ -135,6 +144,7 @@ class Generator:
             request_id=uuid4().hex,
             prompt_token_ids=pack_ids(np.asarray(prompt_ids)),
             sampling=sampling,
+            grammar=grammar,
             priority=priority,
             deadline=deadline,
             cache_salt=cache_salt,

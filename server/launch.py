@@ -124,6 +124,7 @@ class _Process:
             self._http.should_exit = True
             self._http.force_exit = self._stop_now.is_set()
             await asyncio.gather(http, return_exceptions=True)
+            await self._state.detach()
             if engine is not None:
                 await engine.stop(_ENGINE_EXIT_SECONDS)
 
@@ -144,6 +145,7 @@ class _Process:
             directory = Path(handle.client.info.model_dir)
             tokenizer = await asyncio.to_thread(Tokenizer.load, directory, handle.client.info.vocab_size)
             self._state.attach(handle.client, tokenizer)
+            self._state.serving().grammars.start()
         except BaseException:
             await handle.stop(0)
             raise

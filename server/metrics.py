@@ -216,6 +216,8 @@ class _EngineCollector(Collector):
         for reason, count in sorted(stats.miss_counts.items()):
             misses.add_metric((*self._labels, reason), count)
         yield misses
+        yield self._gauge("fathom_grammars", "Requests whose answer follows a grammar.", stats.num_grammars)
+        yield self._gauge("fathom_grammar_bytes", "Compiled grammars in the engine, about.", stats.grammar_bytes)
         yield self._counter("fathom_bypasses", "Starts past a request that did not fit.", stats.num_bypasses)
         yield self._counter(
             "fathom_recomputed_tokens", "Rows computed again after a preemption.", stats.num_recomputed_tokens

@@ -15,6 +15,7 @@ from server.batches.store import Batches
 from server.config import ServerConfig
 from server.errors import ApiError, model_not_found, overloaded
 from server.generation import Generator
+from server.grammar.service import GrammarService
 from server.metrics import Metrics
 from server.protocol.responses_store import ResponseStore
 from server.text.effort import EffortTable, table_of
@@ -48,6 +49,7 @@ class Serving:
     engine: EngineClient
     tokenizer: Tokenizer
     generator: Generator
+    grammars: GrammarService
     effort_table: EffortTable = "release"
 
     @property
@@ -99,10 +101,17 @@ class ServerState:
         table = self.config.effort_table
         if table == "auto":
             table = table_of(engine.info.model_dir, is_preview=engine.info.is_preview)
-        self._serving = Serving(engine, tokenizer, Generator(engine, tokenizer), table)
+        info = engine.info
+        grammars = GrammarService(info.model_dir, vocab_size=info.vocab_size, eos_token_id=info.eos_token_id)
+        self._serving = Serving(engine, tokenizer, Generator(engine, tokenizer), grammars, table)
         self.admission.drain_seconds = lambda: engine.stats.drain_seconds
         if self.admission.max_queued_tokens is None:
             self.admission.max_queued_tokens = max(_TOKENS_BOUND, _CONTEXTS_BOUND * engine.info.max_model_len)
+
+    async def detach(self) -> None:
+        """End what was started beside the engine."""
+        if self._serving is not None:
+            await self._serving.grammars.close()
 
     def serving(self) -> Serving:
         """Raises ApiError 503 while there is no engine to ask."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.config import SAMPLER_ELEMENTS
+from engine.grammar.masks import TokenMasks
 from engine.plan import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 from engine.runner.host_store import HostPages, SnapshotArena
 from engine.runner.inputs import StepInputs, build_inputs, rows_of
@@ -51,11 +52,14 @@ class ModelRunner:
             self.table.remove(request_id)
         self._learn(plan)
         self._move(plan)
+        kept = {(slot, position): snapshot for slot, position, snapshot in plan.slot_snapshots}
         for request_id, slot, position in plan.replays:
             assert self.table.slot(request_id) == slot, f"{request_id} is not in slot {slot}"
             self._replay(slot, position)
+            if (slot, position) in kept:
+                self.snapshots.save(slot, position, kept.pop((slot, position)))
         result = self._compute(plan)
-        for slot, position, snapshot in plan.slot_snapshots:
+        for (slot, position), snapshot in kept.items():
             assert self.table.num_computed_S[slot] == position, (
                 f"slot {slot} stands at {self.table.num_computed_S[slot]}, not at {position}"
             )
@@ -116,7 +120,7 @@ class ModelRunner:
             scores, unsound = prompt_logprobs(
                 hidden_LD[num_sampling:], inputs.prompt_rows, self.model.logits, tile_rows=self._block_rows
             )
-        token_ids, logprobs, failed = self._sample(hidden_LD[:num_sampling], inputs)
+        token_ids, logprobs, failed = self._sample(hidden_LD[:num_sampling], inputs, plan.masks)
         sampled = [i for i in inputs.request_ids if i not in failed]
         sound = [n for n, request_id in enumerate(sampled) if request_id not in unsound]
         return StepResult(
@@ -142,16 +146,19 @@ class ModelRunner:
         return None
 
     def _sample(
-        self, hidden_LD: Tensor, inputs: StepInputs
+        self, hidden_LD: Tensor, inputs: StepInputs, masks: TokenMasks | None
     ) -> tuple[tuple[int, ...], tuple[TokenLogprobs | None, ...], dict[str, str]]:
         """Tokens and log probabilities of the rows that have one, and the requests that failed."""
         if not len(hidden_LD):
             return (), (), {}
         batch = self.table.sampling(inputs.slots_L)
+        unmasked: dict[int, str] = {}
+        if masks is not None:
+            batch, unmasked = self._masked(batch, inputs, masks)
         blocks = list(self._sample_blocks(hidden_LD, batch))
         token_ids_L = np.concatenate([block.token_ids_L for _, block in blocks])
         logprobs_L = [logprobs for _, block in blocks for logprobs in block.logprobs_L]
-        failed_rows = {first + row: why for first, block in blocks for row, why in block.failed.items()}
+        failed_rows = {first + row: why for first, block in blocks for row, why in block.failed.items()} | unmasked
         sound_L = np.array([row not in failed_rows for row in range(len(batch))])
         self.table.append_tokens(inputs.slots_L[sound_L], token_ids_L[sound_L])
         return (
@@ -166,6 +173,18 @@ class ModelRunner:
         for first in range(0, len(batch), size):
             logits_LV = self.model.logits(hidden_LD[first : first + size])
             yield first, sample(logits_LV, batch.rows(first, first + size), self.table.counts)
+
+    def _masked(
+        self, batch: SamplingBatch, inputs: StepInputs, masks: TokenMasks
+    ) -> tuple[SamplingBatch, dict[int, str]]:
+        """The batch with its masks, which may still have to be waited for, and the rows whose grammar failed."""
+        mask_NW, failed = masks.wait()
+        places = {request_id: row for row, request_id in enumerate(inputs.request_ids)}
+        rows_N = np.array([places[request_id] for request_id in masks.request_ids], dtype=np.int64)
+        order_N = np.argsort(rows_N)
+        vocab_size, end = self.model.config.vocab_size, self.model.config.eos_token_id
+        masked = batch.masked(rows_N[order_N], mask_NW[order_N], vocab_size=vocab_size, end=end)
+        return masked, {int(rows_N[n]): f"no mask ({why})" for n, why in failed.items()}
 
     def _ids(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self.device)

@@ -8,7 +8,8 @@ random number: never on its neighbours.
 Tokens stand in one order everywhere: higher logit first, ties by lower id. top_k, top_p and min_p each keep a prefix
 of that order, so the three together keep the shortest of the prefixes (top_p's mass is taken among top_k's tokens).
 The draw inverts the cumulative distribution over the prefix with one uniform number. Log probabilities are those of
-the model: log-softmax of the raw logits, before bias, penalties and temperature (as OpenAI reports them).
+the model: log-softmax of the raw logits, before bias, penalties, masks and temperature (as OpenAI reports them); under
+a grammar the likeliest tokens may be ones that could not be chosen.
 
 Letters: L rows, V vocabulary, K tokens of a prefix, N rows of a subset.
 """
@@ -97,6 +98,31 @@ class SamplingBatch:
             allowed_bits_NW=self.allowed_bits_NW[allowed],
             forced_rows_N=self.forced_rows_N[forced] - start,
             forced_ids_N=self.forced_ids_N[forced],
+        )
+
+    def masked(self, rows_N: np.ndarray, mask_NW: np.ndarray, *, vocab_size: int, end: int) -> "SamplingBatch":
+        """The same rows with the masks of their grammars, int32 words (bit b of word w is token 32 w + b), on top of
+        the tokens that the request allows. `rows_N` ascends.
+
+        Where a mask allows the `end` token alone nothing else can follow, and neither min_tokens nor bad words exclude
+        it.
+        """
+        bits_NW = np.ascontiguousarray(mask_NW).view(np.uint8)[:, : (vocab_size + 7) // 8]
+        bits = {int(row): bits_W for row, bits_W in zip(self.allowed_rows_N, self.allowed_bits_NW, strict=True)}
+        ended = set()
+        for row, bits_W in zip(rows_N.tolist(), bits_NW, strict=True):
+            (used,) = np.nonzero(bits_W)
+            if used.tolist() == [end >> 3] and bits_W[end >> 3] == 1 << (end & 7):
+                ended.add(row)
+            bits[row] = bits_W & bits[row] if row in bits else bits_W
+        allowed_rows = sorted(bits)
+        kept_N = np.array([row not in ended for row in self.banned_rows_N.tolist()], dtype=bool)
+        return replace(
+            self,
+            allowed_rows_N=np.array(allowed_rows, dtype=np.int64),
+            allowed_bits_NW=np.stack([bits[row] for row in allowed_rows]),
+            banned_rows_N=self.banned_rows_N[kept_N],
+            banned_ids_N=self.banned_ids_N[kept_N],
         )
 
 

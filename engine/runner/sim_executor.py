@@ -1,9 +1,12 @@
 """An executor without a model: deterministic tokens, a cost model, and a check of every plan. Torch-free.
 
 A token is a hash of the request's whole history and its seed, so chunking, batching and neighbours cannot change it:
-equal requests get equal tokens under every budget. Every plan is compared with the executor's own record of requests,
-pages and slots: a page is the bytes of the tokens written to it, a slot and a snapshot are a hash of the whole history.
-A plan that would read or write the wrong memory on a device raises AssertionError here.
+equal requests get equal tokens under every budget. Under a grammar the hash picks one of the tokens that it allows; a
+script is taken at its word, and the engine ends the request where that leaves the grammar.
+
+Every plan is compared with the executor's own record of requests, pages and slots: a page is the bytes of the tokens
+written to it, a slot and a snapshot are a hash of the whole history. A plan that would read or write the wrong memory
+on a device raises AssertionError here.
 """
 
 import hashlib
@@ -16,8 +19,18 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import EngineConfig, MachineFacts, ResolvedConfig, resolve
+from engine.grammar.masks import TokenMasks
 from engine.messages import ForcedToken, unpack_ids
-from engine.plan import NOTHING_LEFT, NewRequest, PromptLogprobs, ScheduledTokens, StepPlan, StepResult, TokenLogprobs
+from engine.plan import (
+    NOTHING_LEFT,
+    NewRequest,
+    PromptLogprobs,
+    ScheduledTokens,
+    SlotSnapshot,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from model.config import ModelConfig, load_config
 from model.kv_layout import PAGE_TOKENS
 from model.presets import preset
@@ -149,7 +162,7 @@ class SimExecutor:
             self._learn(new)
         self._move(plan)
         sampled: list[tuple[str, int, TokenLogprobs | None]] = []
-        failed: dict[str, str] = {}
+        allowed, failed = ({}, {}) if plan.masks is None else _allowed(plan.masks)
         prompt_logprobs: dict[str, PromptLogprobs] = {}
         for rows in plan.scheduled:
             record = self._run_rows(rows)
@@ -161,17 +174,17 @@ class SimExecutor:
             if rows.request_id in self._faults.fail_requests:
                 failed[rows.request_id] = self._faults.fail_requests[rows.request_id]
                 continue
-            token_id = self._sample(record)
+            if rows.request_id in failed:
+                continue
+            token_id = self._sample(record, allowed.get(rows.request_id))
             if token_id is None:
                 failed[rows.request_id] = NOTHING_LEFT
                 continue
             record.sampled.append(token_id)
             sampled.append((rows.request_id, token_id, self._logprobs(record, token_id)))
-        for slot, position, snapshot in plan.slot_snapshots:
-            assert 0 <= snapshot < self.config.num_snapshots, f"snapshot {snapshot}"
-            kept = self._slots[slot]
-            assert kept.position == position, f"slot {slot} stands at {kept.position}, not at {position}"
-            self._snapshots[snapshot] = kept.copy()
+        for kept in plan.slot_snapshots:
+            if not _at_replay(kept, plan):
+                self._keep(kept)
         seconds = self._cost.seconds(plan)
         if self._sleep:
             time.sleep(seconds)
@@ -232,9 +245,9 @@ class SimExecutor:
         resumed = {new.slot: new for new in plan.new if new.num_computed_tokens}
         rows = {s.request_id: s for s in plan.scheduled}
         for slot, snapshot, position in plan.slot_restores:
-            kept = self._snapshots[snapshot]
-            assert kept.position == position, f"snapshot {snapshot} is one of {kept.position}, not of {position}"
-            self._slots[slot] = kept.copy()
+            saved = self._snapshots[snapshot]
+            assert saved.position == position, f"snapshot {snapshot} is one of {saved.position}, not of {position}"
+            self._slots[slot] = saved.copy()
             self._resume(resumed[slot], position, rows[resumed[slot].request_id])
         for request_id, slot, position in plan.replays:
             assert resumed[slot].request_id == request_id
@@ -242,6 +255,15 @@ class SimExecutor:
             content = self._content(rows[request_id].new_page_ids, position)
             self._slots[slot] = _Slot(position, hashlib.blake2b(content, digest_size=16))
             self._resume(resumed[slot], position, rows[request_id])
+        for kept in plan.slot_snapshots:
+            if _at_replay(kept, plan):
+                self._keep(kept)
+
+    def _keep(self, kept: SlotSnapshot) -> None:
+        assert 0 <= kept.snapshot < self.config.num_snapshots, f"snapshot {kept.snapshot}"
+        slot = self._slots[kept.slot]
+        assert slot.position == kept.position, f"slot {kept.slot} stands at {slot.position}, not at {kept.position}"
+        self._snapshots[kept.snapshot] = slot.copy()
 
     def _resume(self, new: NewRequest, position: int, rows: ScheduledTokens) -> None:
         """Check that pages and slot are those of a request's own history up to a position."""
@@ -298,8 +320,9 @@ class SimExecutor:
             page.content[first:] = record.raw_tokens(start, stop)
             start = stop
 
-    def _sample(self, record: _Record) -> int | None:
-        """The next token; None when what the request excludes leaves none."""
+    def _sample(self, record: _Record, allowed: np.ndarray | None) -> int | None:
+        """The next token, one of the ids in `allowed` if it is not None; None when what the request excludes leaves
+        none."""
         sampling = record.new.sampling
         if sampling.forced_token is not None:
             forced = _forced(sampling.forced_token, record.output)
@@ -317,8 +340,16 @@ class SimExecutor:
         history = self._slots[record.new.slot].history.copy()
         history.update((sampling.seed % 2**64).to_bytes(8, "little"))
         word = int.from_bytes(history.digest(), "little")
+        others = np.empty(0, dtype=np.int64)
+        if allowed is not None:
+            may_end = may_end and self.eos_token_id in allowed
+            others = allowed[allowed != self.eos_token_id]
+            if not len(others):
+                return self.eos_token_id
         if may_end and (word >> 64) / 2.0**64 < self._eos_probability:
             return self.eos_token_id
+        if allowed is not None:
+            return int(others[word % len(others)])
         token_id = word % self.model.vocab_size
         masked = {self.eos_token_id, *(sampling.stop_token_ids if early else ())}
         return self._permitted(token_id, record, masked)
@@ -401,6 +432,18 @@ def _place(answer: Sequence[int], forced: ForcedToken, output: Sequence[int]) ->
     if forced.token_id not in answer or not {forced.token_id, *forced.unless}.isdisjoint(answer[: forced.after]):
         return len(output)
     return list(answer).index(forced.token_id) + len(output) - forced.after
+
+
+def _allowed(masks: TokenMasks) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """By request: ids of the tokens that the mask allows, and why there is no mask."""
+    mask_NW, failed = masks.wait()
+    bits_NV = np.unpackbits(mask_NW.view(np.uint8), axis=1, bitorder="little")
+    allowed = {request_id: np.flatnonzero(row) for request_id, row in zip(masks.request_ids, bits_NV, strict=True)}
+    return allowed, {masks.request_ids[row]: f"no mask ({why})" for row, why in failed.items()}
+
+
+def _at_replay(kept: SlotSnapshot, plan: StepPlan) -> bool:
+    return any((kept.slot, kept.position) == (replay.slot, replay.position) for replay in plan.replays)
 
 
 def _hang(seconds: float) -> None:

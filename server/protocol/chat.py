@@ -7,6 +7,7 @@ from pydantic import Field
 from server import limits
 from server.chat_request import ChatRequest
 from server.errors import bad_request, echo, unsupported
+from server.grammar.formats import output_format_of
 from server.protocol.common import (
     LARGEST_INT32,
     FormatFields,
@@ -51,8 +52,6 @@ class ChatBody(SamplingFields, ThinkingFields, FormatFields):
 
     def check(self) -> None:
         super().check()
-        if self.asked_format is not None:
-            raise unsupported(self.asked_format)
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs should be set along with logprobs = true", param="top_logprobs")
 
@@ -65,6 +64,7 @@ class ChatBody(SamplingFields, ThinkingFields, FormatFields):
             messages=self.messages,
             tools=tools,
             tool_choice=choice,
+            output_format=output_format_of(self),
             thinking=thinking,
             tier=tier,
             fields=self,

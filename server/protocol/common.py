@@ -226,7 +226,7 @@ class ThinkingFields(Body):
 
 
 class FormatFields(Body):
-    """The spellings of what the content must look like; server.grammar reads them."""
+    """The spellings of what the content must look like; `server.grammar.formats` reads them."""
 
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
@@ -237,17 +237,6 @@ class FormatFields(Body):
     json_schema: str | dict[str, Any] | None = None
     regex: str | None = None
     ebnf: str | None = None
-
-    @property
-    def asked_format(self) -> str | None:
-        """The first field that asks for a format; `{"type": "text"}` and an empty object ask for none."""
-        for name in FormatFields.model_fields:
-            value = getattr(self, name)
-            if value is None or (name == "structured_outputs" and not value):
-                continue
-            if name != "response_format" or value != {"type": "text"}:
-                return name
-        return None
 
 
 def usage_counts(usage: Usage, *, thinking: bool = False) -> dict[str, Any]:

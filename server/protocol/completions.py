@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from server import limits
 from server.errors import bad_request, unsupported
+from server.grammar.formats import output_format_of
 from server.protocol import sse
 from server.protocol.common import LARGEST_INT32, SYSTEM_FINGERPRINT, FormatFields, SamplingFields
 from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REASONS, REFUSED_EVERYWHERE
@@ -62,10 +63,10 @@ class CompletionBody(SamplingFields, FormatFields):
 
     def check(self) -> None:
         super().check()
-        if self.asked_format is not None:
-            raise unsupported(self.asked_format)
         if self.best_of is not None and self.best_of != self.n:
             raise unsupported("best_of", REASONS["best_of"])
+        if self.max_tokens == 0 and (asked := output_format_of(self)) is not None:
+            raise bad_request(f"{asked.param} asks for a format of no tokens: max_tokens is 0.", param=asked.param)
         if len(self.prompt) * self.n > limits.MOST_ANSWERS:
             raise bad_request(f"at most {limits.MOST_ANSWERS} answers (prompts times n) in one request", param="n")
         if self.max_tokens == 0:

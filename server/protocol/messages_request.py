@@ -8,17 +8,17 @@ from pydantic import BeforeValidator, Field
 from server import limits
 from server.chat_request import ChatRequest, OutputFormat, Tool, ToolChoice
 from server.errors import bad_request, echo
-from server.protocol.common import LARGEST_INT32, Real, SamplingFields
+from server.protocol.common import LARGEST_INT32, FormatFields, Real, SamplingFields, ThinkingFields
 from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REFUSED_EVERYWHERE
 from server.protocol.members import as_object, member, not_supported, one_of, required
 from server.protocol.messages_blocks import system_text, to_messages
+from server.protocol.responses_request import NO_CHOICES
 from server.protocol.tools import MOST_TOOLS, checked_name
 from server.text.effort import PromptError, resolve_thinking
 
 PARAMS = {
     "response_format": "output_config",
     "reasoning_effort": "output_config.effort",
-    "thinking_token_budget": "thinking.budget_tokens",
     "stop": "stop_sequences",
 }
 """Fields of a chat request to the fields of this API."""
@@ -33,17 +33,21 @@ def _system(value: object) -> object:
     return value
 
 
-class CountBody(SamplingFields):
+class CountBody(SamplingFields, ThinkingFields, FormatFields):
     """What counts for the prompt."""
 
-    REFUSED = REFUSED_EVERYWHERE | {
-        "mcp_servers": ([],),
-        "container": (),
-        "compaction": (),
-        "thread": (),
-        "fallbacks": ([],),
-        "speed": ("standard",),
-    }
+    REFUSED = (
+        REFUSED_EVERYWHERE
+        | NO_CHOICES
+        | {
+            "mcp_servers": ([],),
+            "container": (),
+            "compaction": (),
+            "thread": (),
+            "fallbacks": ([],),
+            "speed": ("standard",),
+        }
+    )
     IGNORED = ACCEPTED_WITHOUT_EFFECT | {
         *("cache_control", "context_management", "betas", "anthropic_version", "anthropic_beta", "diagnostics"),
         *("inference_geo", "billing_policy", "user_profile_id", "workspace_id", "fallback_credit_token"),
@@ -53,12 +57,17 @@ class CountBody(SamplingFields):
     system: Annotated[str | list[Any] | None, BeforeValidator(_system)] = None
     tools: list[dict[str, Any]] = Field(default_factory=list)
     tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] = Field(default_factory=dict)
     output_format: dict[str, Any] | None = None
     temperature: Annotated[Real, Field(ge=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0, le=LARGEST_INT32)] = 0
     stop_sequences: Annotated[list[Stop], Field(max_length=limits.MOST_STOPS)] = Field(default_factory=list)
+
+    @classmethod
+    def normalise(cls, raw: dict[str, Any]) -> None:
+        if isinstance(raw.get("thinking"), dict):
+            _check_thinking(raw["thinking"])
+        super().normalise(raw)
 
     @property
     def omits_thinking(self) -> bool:
@@ -84,19 +93,12 @@ def to_chat(body: CountBody, model: str) -> ChatRequest:
     if tools and messages[-1].get("prefix"):
         message = "messages: a final assistant message cannot be continued when there are tools."
         raise bad_request(message, param=f"messages[{len(body.messages) - 1}]")
-    budget = _thinking_budget(body.thinking)
-    effort = member(body.output_config, "effort", str, "output_config", "")
+    effort = member(body.output_config, "effort", str, "output_config", body.reasoning_effort or "")
     try:
-        thinking, tier = resolve_thinking(body.thinking, effort or None)
+        thinking, tier = resolve_thinking(body.thinking, effort or None, body.chat_template_kwargs)
     except PromptError as error:
         raise bad_request(str(error), param=PARAMS.get(error.param, error.param)) from None
-    fields = body.model_copy(
-        update={
-            "model": model,
-            "stop": (*body.stop, *body.stop_sequences),
-            "thinking_token_budget": budget if thinking else None,
-        }
-    )
+    fields = body.model_copy(update={"model": model, "stop": (*body.stop, *body.stop_sequences)})
     return ChatRequest(
         messages=messages,
         tools=tools,
@@ -110,20 +112,13 @@ def to_chat(body: CountBody, model: str) -> ChatRequest:
     )
 
 
-def _thinking_budget(thinking: dict[str, Any] | None) -> int | None:
-    """Tokens of thinking at most; None: no bound of its own."""
-    if thinking is None:
-        return None
+def _check_thinking(thinking: dict[str, Any]) -> None:
+    """Raises ApiError 400. `budget_tokens` becomes `thinking_token_budget`."""
+    one_of(thinking.get("type"), ("enabled", "adaptive", "disabled"), "thinking.type")
     if thinking.get("display") is not None:
         one_of(thinking["display"], ("summarized", "omitted"), "thinking.display")
-    if one_of(thinking.get("type"), ("enabled", "adaptive", "disabled"), "thinking.type") != "enabled":
-        return None
-    budget = member(thinking, "budget_tokens", int, "thinking", -1)
-    if thinking.get("budget_tokens") is None:
-        return None
-    if not 1 <= budget <= LARGEST_INT32:
+    if not 1 <= member(thinking, "budget_tokens", int, "thinking", 1) <= LARGEST_INT32:
         raise bad_request("thinking.budget_tokens must be at least 1.", param="thinking.budget_tokens")
-    return budget
 
 
 def _tools(tools: Sequence[Any]) -> tuple[Tool, ...]:

@@ -114,13 +114,16 @@ class ResponseBuilder:
         return events
 
     def fail(self, error: ApiError) -> list[Event]:
-        """The last events of an answer that came to nothing."""
+        """The last events of an answer that came to nothing; none when it has ended already."""
+        if self.is_over:
+            return []
         self._response["error"] = error_object(error)
         return self._stop("failed")
 
     def cancel(self) -> None:
-        """The client does not want the answer any more; nobody is told by an event."""
-        self._stop("cancelled")
+        """The client does not want the rest of the answer, if there is one; nobody is told by an event."""
+        if not self.is_over:
+            self._stop("cancelled")
 
     def _stop(self, status: Status) -> list[Event]:
         events: list[Event] = []

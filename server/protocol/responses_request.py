@@ -9,11 +9,7 @@ from pydantic import BeforeValidator, Field
 from server import limits
 from server.chat_request import ChatRequest, OutputFormat
 from server.errors import bad_request
-from server.protocol.common import (
-    LARGEST_INT32,
-    SamplingFields,
-    ThinkingFields,
-)
+from server.protocol.common import LARGEST_INT32, FormatFields, SamplingFields, ThinkingFields
 from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REFUSED_EVERYWHERE
 from server.protocol.members import member, not_supported, one_of, required
 from server.protocol.responses_items import later_tools, to_messages
@@ -26,9 +22,18 @@ _INCLUDES = (
     *("file_search_call.results", "web_search_call.results", "web_search_call.action.sources"),
     *("message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs"),
 )
+_FOREIGN_REASONING = ("max_tokens", "enabled", "enable")
 _SUMMARIES = ("auto", "concise", "detailed")
 PARAMS = {"response_format": "text.format", "messages": "input", "reasoning_effort": "reasoning.effort"}
 """Fields of a chat request to the fields of this API."""
+
+NO_CHOICES: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+}
+"""Fields of completions that an answer of one message has no place for."""
 
 ShortKey = Annotated[str, Field(max_length=64)]
 ShortText = Annotated[str, Field(max_length=512)]
@@ -43,19 +48,23 @@ def _input(value: object) -> object:
     return value
 
 
-class ResponsesBody(SamplingFields, ThinkingFields):
-    REFUSED = REFUSED_EVERYWHERE | {
-        "prompt": (),
-        "conversation": (),
-        "truncation": ("disabled",),
-        "context_management": ([],),
-        "background_options": ({}, {"completion_window": "soonest"}),
-        "image": ({}, {"context_compression": "auto"}, {"context_compression": "disabled"}),
-        "messages": (),
-        "functions": ([],),
-        "previous_input_messages": (),
-        "chat_template": (),
-    }
+class ResponsesBody(SamplingFields, ThinkingFields, FormatFields):
+    REFUSED = (
+        REFUSED_EVERYWHERE
+        | NO_CHOICES
+        | {
+            "prompt": (),
+            "conversation": (),
+            "truncation": ("disabled",),
+            "context_management": ([],),
+            "background_options": ({}, {"completion_window": "soonest"}),
+            "image": ({}, {"context_compression": "auto"}, {"context_compression": "disabled"}),
+            "messages": (),
+            "functions": ([],),
+            "previous_input_messages": (),
+            "chat_template": (),
+        }
+    )
     IGNORED = ACCEPTED_WITHOUT_EFFECT | {"access_programs"}
 
     input: Annotated[str | list[Any], BeforeValidator(_input)] = Field(default_factory=list)
@@ -79,6 +88,16 @@ class ResponsesBody(SamplingFields, ThinkingFields):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @classmethod
+    def normalise(cls, raw: dict[str, Any]) -> None:
+        """`reasoning` is a field of this API; what other dialects keep in it becomes the fields they mean."""
+        own = raw.pop("reasoning", None)
+        if isinstance(own, dict):
+            raw["reasoning"] = {k: v for k, v in own.items() if k in _FOREIGN_REASONING}
+        super().normalise(raw)
+        if own is not None:
+            raw["reasoning"] = own
 
     def check(self) -> None:
         super().check()

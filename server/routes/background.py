@@ -39,7 +39,7 @@ def run_in_background(
             else:
                 emit(builder.fail(shutting_down()))
         except asyncio.CancelledError:
-            builder.cancel()
+            return
         except ApiError as error:
             emit(builder.fail(error))
         except Exception as error:  # noqa: BLE001  nobody awaits this task: the log gets the place, the client an answer
@@ -48,8 +48,13 @@ def run_in_background(
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
-            state.responses.finish(stored)
-            stack.close()
+
+    def over(task: "asyncio.Task[None]") -> None:
+        # Not in the task itself: a task can be cancelled before it begins and while it cleans up.
+        builder.cancel()
+        state.responses.finish(stored)
+        stack.close()
 
     emit(builder.enqueue())
     stored.task = asyncio.create_task(run())
+    stored.task.add_done_callback(over)

@@ -15,6 +15,8 @@ from server.chat_run import after_the_first
 from server.completion_prompt import echoed_text, encode_prompts, ends_in_reasoning
 from server.errors import ApiError
 from server.generation import GenerationEvent, TokenLogprob, Usage
+from server.grammar.build import build_format
+from server.grammar.formats import output_format_of
 from server.middleware import context_of
 from server.protocol import sse
 from server.protocol.common import usage_counts
@@ -24,7 +26,7 @@ from server.routes.call import completion_budget, estimated_tokens, off_loop, re
 from server.routes.generate import Job, answer_id, merge, run, total_usage, usage_of_choices
 from server.routes.stream import EventStream, until_disconnect
 from server.state import Serving
-from server.validation import check_prompt_logprobs, for_answer, sampling_params
+from server.validation import END_OF_REASONING, check_prompt_logprobs, for_answer, sampling_params
 
 router = APIRouter()
 
@@ -42,6 +44,7 @@ async def completions(request: Request) -> Response:
     params = msgspec.structs.replace(
         sampling_params(body, serving, body.logprobs), prompt_logprobs=body.num_prompt_logprobs
     )
+    wanted = output_format_of(body)
     share = estimated_tokens(num_bytes) // len(body.prompt) + 1
     # One computes the prompt, the others find it in the cache.
     shares = serving.info.enable_prefix_cache
@@ -69,7 +72,11 @@ async def completions(request: Request) -> Response:
                 ticket.count(len(ids) if not n or not shares else 1)
                 reasoning = ends_in_reasoning(ids, serving.tokenizer)
                 sampling = for_answer(params, max_tokens=max_tokens, reasoning=reasoning, choice=n)
-                job = Job(prompt_ids=ids, sampling=sampling, ticket=ticket, parse="raw")
+                grammar = None
+                if wanted is not None:
+                    after = serving.tokenizer.required_id(END_OF_REASONING) if reasoning else None
+                    grammar = await build_format(serving.grammars, wanted, after=after)
+                job = Job(prompt_ids=ids, sampling=sampling, ticket=ticket, parse="raw", grammar=grammar)
                 choices.append(run(state, serving, context, body, job))
             sources += after_the_first(choices) if shares or params.prompt_logprobs is not None else choices
         answer = _Answer(serving, body, prompts)

@@ -8,7 +8,7 @@ from secrets import token_hex
 
 import numpy as np
 
-from engine.messages import RequestError, SamplingParams
+from engine.messages import Grammar, RequestError, SamplingParams
 from server.admission import Admission, Ticket
 from server.errors import ApiError, bad_request, overloaded
 from server.generation import GenerationEvent, ParseMode, Usage
@@ -33,6 +33,8 @@ class Job:
     continues: bool = False
     tools: bool = False
     """The answer may hold tool calls."""
+    grammar: Grammar | None = None
+    """What the answer may be; None: anything."""
     turn_start: int = 0
     """Where another prompt of the same conversation is likely to part from this one; 0: unknown."""
     recorder: TurnRecorder | None = None
@@ -67,6 +69,7 @@ async def run(
         stop=body.stop,
         include_stop=body.include_stop_str_in_output,
         cache_salt=state.keys.cache_salt(context.key_id, body.salt),
+        grammar=job.grammar,
         priority=body.priority + lane.priority,
         deadline=context.arrival + state.config.queue_timeout if lane.queue_timeout else None,
         arrival_time=context.arrival,

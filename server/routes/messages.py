@@ -1,4 +1,4 @@
-"""POST /v1/messages and /v1/messages/count_tokens, the Anthropic API; the same under /anthropic."""
+"""POST /v1/messages and /v1/messages/count_tokens, the Anthropic API."""
 
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
@@ -26,7 +26,7 @@ async def create_message(request: Request) -> Response:
     body.check()
     state, context = state_of(request), context_of(request.scope)
     serving = state.serving()
-    _check_model(state, body.model)
+    check_model(state, body.model)
     chat = await off_loop(num_bytes, lambda: to_chat(body, state.model_name))
     with ExitStack() as stack:
         with renamed_params(PARAMS):
@@ -52,14 +52,14 @@ async def count_tokens(request: Request) -> Response:
     body.check()
     state, context = state_of(request), context_of(request.scope)
     serving = state.serving()
-    _check_model(state, body.model)
+    check_model(state, body.model)
     chat = await off_loop(num_bytes, lambda: to_chat(body, state.model_name))
     with renamed_params(PARAMS), state.admission.enter(context.key_id, 1):
         prompt = await off_loop(num_bytes, lambda: render_request(serving, chat))
     return Response(sse.json_bytes({"input_tokens": len(prompt.token_ids)}), media_type="application/json")
 
 
-def _check_model(state: ServerState, name: str) -> None:
+def check_model(state: ServerState, name: str) -> None:
     """Anthropic's own names mean the model that is served: agents have them built in. Raises ApiError 404."""
     if not name.startswith("claude"):
         state.check_model(name)

@@ -18,7 +18,14 @@ from server.middleware import context_of
 from server.protocol import sse
 from server.protocol.chat import ChatBody
 from server.protocol.completions import CompletionBody
-from server.routes.call import estimated_tokens, off_loop, read_body, state_of
+from server.protocol.messages_request import PARAMS as MESSAGES_PARAMS
+from server.protocol.messages_request import CountBody
+from server.protocol.messages_request import to_chat as messages_chat
+from server.protocol.responses_request import PARAMS as RESPONSES_PARAMS
+from server.protocol.responses_request import ResponsesBody
+from server.protocol.responses_request import to_chat as responses_chat
+from server.routes.call import estimated_tokens, off_loop, read_body, renamed_params, state_of
+from server.routes.messages import check_model
 from server.state import Serving
 
 router = APIRouter()
@@ -36,7 +43,11 @@ async def render(request: Request) -> Response:
         return await render_completion(request)
     if "messages" in members:
         return await render_chat(request)
-    raise bad_request("Give `messages` or `prompt`, as the API has it whose prompt is asked for.", param="messages")
+    if "input" in members:
+        return await render_response(request)
+    raise bad_request(
+        "Give `messages`, `input` or `prompt`, as the API has it whose prompt is asked for.", param="messages"
+    )
 
 
 @router.post("/v1/chat/completions/render")
@@ -53,6 +64,39 @@ async def render_chat(request: Request) -> Response:
         return [(serving.tokenizer.decode(token_ids), token_ids)]
 
     return await _answer(request, num_bytes, work)
+
+
+@router.post("/v1/responses/render")
+async def render_response(request: Request) -> Response:
+    body, num_bytes = await read_body(request, ResponsesBody)
+    body.check()
+    state = state_of(request)
+    state.check_model(body.model)
+    earlier = None
+    if body.previous_response_id is not None:
+        earlier = state.responses.find_previous(body.previous_response_id, context_of(request.scope).key_id)
+        num_bytes += earlier.num_conversation_bytes
+
+    def work(serving: Serving) -> list[Rendered]:
+        prompt = render_request(serving, responses_chat(body, earlier.conversation() if earlier else ()).chat)
+        return [(prompt.text, prompt.token_ids)]
+
+    with renamed_params(RESPONSES_PARAMS):
+        return await _answer(request, num_bytes, work)
+
+
+@router.post("/v1/messages/render")
+async def render_message(request: Request) -> Response:
+    body, num_bytes = await read_body(request, CountBody)
+    body.check()
+    check_model(state_of(request), body.model)
+
+    def work(serving: Serving) -> list[Rendered]:
+        prompt = render_request(serving, messages_chat(body, body.model))
+        return [(prompt.text, prompt.token_ids)]
+
+    with renamed_params(MESSAGES_PARAMS):
+        return await _answer(request, num_bytes, work)
 
 
 @router.post("/v1/completions/render")

@@ -1,4 +1,4 @@
-"""/v1/responses: create, retrieve, cancel, delete, list input items, count input tokens; and under DeepSeek's root."""
+"""/v1/responses: create, retrieve, cancel, delete, list input items, count input tokens."""
 
 import asyncio
 import time

@@ -141,6 +141,7 @@ def serving(sim_model_dir: Path) -> Callable[..., Any]:
             yield harness
         finally:
             await harness.http.aclose()
+            await state.detach()
             await client.close()
 
     return make
