@@ -6,7 +6,7 @@ from pydantic import Field
 
 from server import limits
 from server.chat_request import ChatRequest
-from server.errors import bad_request, echo, unsupported
+from server.errors import bad_request, echo
 from server.grammar.formats import output_format_of
 from server.protocol.common import (
     LARGEST_INT32,
