@@ -40,7 +40,10 @@ def result(message: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_next_turn_has_the_whole_last_one_cached(serving: Any, thinking: bool, stream: bool) -> None:
-    answers = [("\nLet me\n\n see.\n</think>\n" if thinking else "") + "Calling." + BLOCK, "</think>end"]
+    answers = [
+        ("\nLet me\n\n see.\n</think>\n" if thinking else "") + "Calling." + BLOCK,
+        "</think>end" if thinking else "end",
+    ]
 
     async def main() -> None:
         async with serving(answers=answers) as server:
