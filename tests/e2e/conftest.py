@@ -199,6 +199,7 @@ class ScriptedServer:
         state.attach(client, self.tokenizer)
         self._uvicorn = uvicorn.Server(uvicorn.Config(create_app(state), log_level="error", lifespan="off"))
         await self._uvicorn.serve(sockets=[self._socket])
+        await state.detach()
         await client.close()
 
 
