@@ -60,7 +60,8 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _validation_error(request: Request, error: Exception) -> Response:
     """Parameters of the path and of the query; bodies are read by the routes."""
     assert isinstance(error, RequestValidationError)
-    return from_validation([{**found, "loc": found["loc"][1:]} for found in error.errors()]).response()
+    refusal = from_validation([{**found, "loc": found["loc"][1:]} for found in error.errors()])
+    return refusal.response(request.url.path)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
