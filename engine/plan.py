@@ -94,6 +94,8 @@ class StepPlan:
 
         finished, new -> page_spills -> page_loads, page_copies, slot_restores -> replays -> scheduled -> slot_snapshots
 
+    except that a snapshot at the position of its slot's replay is taken between the two.
+
     So a page may be spilled and given away in one plan, and a snapshot sees the position that its step has reached (one
     of a request in `StepResult.failed` holds nothing). A slot may be kept in the plan that finishes its request, unless
     the same plan gives it away.

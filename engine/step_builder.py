@@ -255,6 +255,9 @@ class StepBuilder:
         grant, resume_at = admitted
         if plan.replay and resume_at:
             self._budget.spend(self._costs.replay_seconds(resume_at))
+            if resume_at == plan.junction:
+                # The next one that leaves the cached prompt here is restored.
+                self._kv.order_snapshot(grant, request.token_ids, resume_at, "junction", self._now)
         self._resume(request, plan, resume_at)
         request.grant = grant
         self._brought[request.request_id] = tuple(grant.page_ids)

@@ -22,6 +22,7 @@ from server.routes.generate import Job, run
 from server.state import ServerState, Serving
 from server.text.effort import PromptError
 from server.text.prompt import Prompt, render_chat
+from server.turns import Turns
 from server.validation import check_prompt_logprobs, for_answer, sampling_params, truncated
 
 DEFAULT_TOKENS_CHAT = 8192
@@ -69,8 +70,9 @@ async def start_chat(
         stack.enter_context(state.admission.enter(context.key_id, estimate if n == 0 or not shares else 1))
         for n in range(chat.num_choices)
     ]
-    prompt = await off_loop(num_bytes, lambda: render_request(serving, chat))
-    prompt = _truncated(serving, chat, prompt)
+    turns = turns_of(state, context, chat)
+    whole_prompt = await off_loop(num_bytes, lambda: render_request(serving, chat, turns))
+    prompt = _truncated(serving, chat, whole_prompt)
     num_prompt_tokens = len(prompt.token_ids)
     check_prompt_logprobs([num_prompt_tokens], sampling.prompt_logprobs, "prompt_logprobs")
     max_tokens = completion_budget(
@@ -99,6 +101,9 @@ async def start_chat(
                 tools=offers_tools(chat),
                 grammar=grammar,
                 turn_start=prompt.turn_start,
+                recorder=turns.recorder(prompt, serving.tokenizer, tools=offers_tools(chat))
+                if prompt is whole_prompt
+                else None,
             )
         )
     choices = [run(state, serving, context, chat.fields, job) for job in jobs]
@@ -110,8 +115,13 @@ async def start_chat(
     )
 
 
-def render_request(serving: Serving, chat: ChatRequest) -> Prompt:
-    """The prompt of a request, without running it.
+def turns_of(state: ServerState, context: RequestContext, chat: ChatRequest) -> Turns:
+    """The turns that this request may meet again: as far apart from others' as its cached prefixes."""
+    return Turns(state.turns, state.keys.cache_salt(context.key_id, chat.fields.salt))
+
+
+def render_request(serving: Serving, chat: ChatRequest, turns: Turns | None = None) -> Prompt:
+    """The prompt of a request, without running it; with `turns`, exactly the one that would run.
 
     Raises:
         ApiError: 400 with `param`.
@@ -130,6 +140,7 @@ def render_request(serving: Serving, chat: ChatRequest) -> Prompt:
             tool_choice=choice,
             response_format=rendered,
             effort_table=serving.effort_table,
+            turns=turns,
         )
     except PromptError as error:
         param = error.param

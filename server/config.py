@@ -50,6 +50,8 @@ class ServerConfig:
     """Prompt tokens that may wait; None: sixteen contexts, a million at least."""
     max_requests_per_key: int | None = None
     """Requests of one API key in flight; more get 429. None: no bound."""
+    replay_bytes: int = 64 * 2**20
+    """Bytes of sampled turns that are remembered, so that a conversation goes on with the tokens it had; 0: none."""
     queue_timeout: float = 600.0
     """Seconds after which a request that has not started gets 503."""
     response_store_bytes: int = 256 * 2**20
@@ -77,8 +79,9 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ServerConfigError(f"--{name.replace('_', '-')} must be at least 1, found {value}")
-        if self.response_store_bytes < 0:
-            raise ServerConfigError(f"--response-store-bytes must not be negative, found {self.response_store_bytes}")
+        for name in ("replay_bytes", "response_store_bytes"):
+            if getattr(self, name) < 0:
+                raise ServerConfigError(f"--{name.replace('_', '-')} must not be negative, found {getattr(self, name)}")
         timeouts = ("body_timeout", "header_timeout", "write_timeout", "keep_alive_interval", "queue_timeout")
         for name in (*timeouts, "progress_timeout", "response_ttl"):
             if not getattr(self, name) > 0:

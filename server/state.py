@@ -20,6 +20,7 @@ from server.metrics import Metrics
 from server.protocol.responses_store import ResponseStore
 from server.text.effort import EffortTable, table_of
 from server.text.tokenizer import Tokenizer
+from server.turns import TurnMemory
 
 LOADING_RETRY_SECONDS = 5
 _TOKENS_BOUND = 2**20
@@ -80,6 +81,7 @@ class ServerState:
         """Done when running requests must end now."""
         self._serving: Serving | None = None
         self.lane = Lane()
+        self.turns = TurnMemory(config.replay_bytes)
         self.database = database or Database.open(None)
         self.files = Files(self.database, bytes_per_owner=config.file_bytes_per_key)
         self.batches = Batches(self.database, bytes_per_owner=config.file_bytes_per_key)

@@ -134,7 +134,7 @@ class KVManager:
     def order_snapshot(
         self, grant: Grant, token_ids: np.ndarray, position: int, kind: SnapshotKind, now: float
     ) -> None:
-        """Let the step being planned, which computes the tokens before `position`, keep the slot there. Where there is
+        """Let the step being planned, which brings the slot to `position`, keep it there. Where there is
         no place for it, or there is one already, nothing happens.
         """
         snapshot = self._order(grant, token_ids, position, kind, now)
@@ -214,6 +214,8 @@ class KVManager:
                 if snapshot is not None:
                     grant.marks.add(num_computed)
                 self._publish_rest(grant, token_ids, num_computed, now)
+            elif token_ids is not None:
+                self.snapshots.discard(self._unseen(grant, token_ids))
             self.index.release(grant.tip, now)
         self.pages.free(sorted(grant.own_pages))
         if snapshot is None:
@@ -350,6 +352,17 @@ class KVManager:
     def _tails(self, grant: Grant, token_ids: np.ndarray, start: int, end: int) -> list[bytes]:
         """Marks inside a page, as its first tokens."""
         return [token_ids[start:mark].tobytes() for mark in sorted(grant.marks) if start < mark < end]
+
+    def _unseen(self, grant: Grant, token_ids: np.ndarray) -> list[bytes]:
+        """Names of the positions whose rows go with the grant: no page of the index has them."""
+        names = []
+        for mark in grant.marks:
+            assert grant.keys is not None
+            start = mark // self.layout.page_tokens * self.layout.page_tokens
+            name, tail = self._key(grant.keys, token_ids, mark), token_ids[start:mark].tobytes()
+            if not self.index.has(name[: len(name) - len(tail)], tail):
+                names.append(name)
+        return names
 
     def _publish_rest(self, grant: Grant, token_ids: np.ndarray, num_computed: int, now: float) -> None:
         """The last page of a request that leaves, if it is not full."""

@@ -110,6 +110,11 @@ class PrefixIndex:
         goes_on = bool(marks) and marks[-1].position > len(nodes) * self.page_tokens
         return Match(nodes, num_on_device, marks, None if goes_on else self._misses.explain(nodes, keys))
 
+    def has(self, key: bytes, tail: bytes) -> bool:
+        """Whether a page holds the position that is named by a full prefix and the tokens after it."""
+        base = self._nodes.get(key) or self._roots.get(key)
+        return base is not None and (not tail or base.tails.holder(tail) is not None)
+
     def acquire(self, tip: Node) -> None:
         """A table runs through `tip` and all before it: none of them is evicted until `release`."""
         node: Node | None = tip

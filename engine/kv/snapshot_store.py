@@ -5,7 +5,7 @@ on. It is found by the name of its position (`Node.key`, or that and the tokens 
 are the runner's; a place is an index into its arena.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Literal
 
@@ -82,6 +82,10 @@ class SnapshotStore:
     def __len__(self) -> int:
         """Places in use."""
         return self.num_places - len(self._free)
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        """All that can be found, those that are being written included; for checks."""
+        return iter(self._by_key.values())
 
     def get(self, key: bytes) -> Snapshot | None:
         """The snapshot of a position, ready or not."""

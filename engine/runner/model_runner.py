@@ -52,11 +52,14 @@ class ModelRunner:
             self.table.remove(request_id)
         self._learn(plan)
         self._move(plan)
+        kept = {(slot, position): snapshot for slot, position, snapshot in plan.slot_snapshots}
         for request_id, slot, position in plan.replays:
             assert self.table.slot(request_id) == slot, f"{request_id} is not in slot {slot}"
             self._replay(slot, position)
+            if (slot, position) in kept:
+                self.snapshots.save(slot, position, kept.pop((slot, position)))
         result = self._compute(plan)
-        for slot, position, snapshot in plan.slot_snapshots:
+        for (slot, position), snapshot in kept.items():
             assert self.table.num_computed_S[slot] == position, (
                 f"slot {slot} stands at {self.table.num_computed_S[slot]}, not at {position}"
             )

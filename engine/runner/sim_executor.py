@@ -20,8 +20,17 @@ import numpy as np
 
 from engine.config import EngineConfig, MachineFacts, ResolvedConfig, resolve
 from engine.grammar.masks import TokenMasks
-from engine.messages import SamplingParams, unpack_ids
-from engine.plan import NOTHING_LEFT, NewRequest, PromptLogprobs, ScheduledTokens, StepPlan, StepResult, TokenLogprobs
+from engine.messages import ForcedToken, unpack_ids
+from engine.plan import (
+    NOTHING_LEFT,
+    NewRequest,
+    PromptLogprobs,
+    ScheduledTokens,
+    SlotSnapshot,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from model.config import ModelConfig, load_config
 from model.kv_layout import PAGE_TOKENS
 from model.presets import preset
@@ -173,11 +182,9 @@ class SimExecutor:
                 continue
             record.sampled.append(token_id)
             sampled.append((rows.request_id, token_id, self._logprobs(record, token_id)))
-        for slot, position, snapshot in plan.slot_snapshots:
-            assert 0 <= snapshot < self.config.num_snapshots, f"snapshot {snapshot}"
-            kept = self._slots[slot]
-            assert kept.position == position, f"slot {slot} stands at {kept.position}, not at {position}"
-            self._snapshots[snapshot] = kept.copy()
+        for kept in plan.slot_snapshots:
+            if not _at_replay(kept, plan):
+                self._keep(kept)
         seconds = self._cost.seconds(plan)
         if self._sleep:
             time.sleep(seconds)
@@ -238,9 +245,9 @@ class SimExecutor:
         resumed = {new.slot: new for new in plan.new if new.num_computed_tokens}
         rows = {s.request_id: s for s in plan.scheduled}
         for slot, snapshot, position in plan.slot_restores:
-            kept = self._snapshots[snapshot]
-            assert kept.position == position, f"snapshot {snapshot} is one of {kept.position}, not of {position}"
-            self._slots[slot] = kept.copy()
+            saved = self._snapshots[snapshot]
+            assert saved.position == position, f"snapshot {snapshot} is one of {saved.position}, not of {position}"
+            self._slots[slot] = saved.copy()
             self._resume(resumed[slot], position, rows[resumed[slot].request_id])
         for request_id, slot, position in plan.replays:
             assert resumed[slot].request_id == request_id
@@ -248,6 +255,15 @@ class SimExecutor:
             content = self._content(rows[request_id].new_page_ids, position)
             self._slots[slot] = _Slot(position, hashlib.blake2b(content, digest_size=16))
             self._resume(resumed[slot], position, rows[request_id])
+        for kept in plan.slot_snapshots:
+            if _at_replay(kept, plan):
+                self._keep(kept)
+
+    def _keep(self, kept: SlotSnapshot) -> None:
+        assert 0 <= kept.snapshot < self.config.num_snapshots, f"snapshot {kept.snapshot}"
+        slot = self._slots[kept.slot]
+        assert slot.position == kept.position, f"slot {kept.slot} stands at {slot.position}, not at {kept.position}"
+        self._snapshots[kept.snapshot] = slot.copy()
 
     def _resume(self, new: NewRequest, position: int, rows: ScheduledTokens) -> None:
         """Check that pages and slot are those of a request's own history up to a position."""
@@ -308,12 +324,15 @@ class SimExecutor:
         """The next token, one of the ids in `allowed` if it is not None; None when what the request excludes leaves
         none."""
         sampling = record.new.sampling
-        forced = _forced(sampling, record.output)
-        if forced is not None:
-            return forced
+        if sampling.forced_token is not None:
+            forced = _forced(sampling.forced_token, record.output)
+            if forced is not None:
+                return forced
         if self._script is not None:
             answer = self._script(record.new.token_ids[: record.new.num_prompt_tokens])
-            place = _place(answer, sampling, record.output)
+            place = record.num_output
+            if sampling.forced_token is not None:
+                place = _place(answer, sampling.forced_token, record.output)
             return self._permitted(answer[place] if place < len(answer) else self.eos_token_id, record, set())
         early = record.num_output < sampling.min_tokens
         may_end = not early and not sampling.ignore_eos
@@ -337,9 +356,10 @@ class SimExecutor:
 
     def _permitted(self, token_id: int, record: _Record, masked: set[int]) -> int | None:
         """The first token from `token_id` on that neither `masked` nor the request excludes."""
-        sampling, output = record.new.sampling, record.output
-        if not (masked or sampling.bad_words or sampling.allowed_token_ids):
+        sampling = record.new.sampling
+        if token_id not in masked and not sampling.bad_words and sampling.allowed_token_ids is None:
             return token_id
+        output = record.output if sampling.bad_words else []
         banned = masked | {w[-1] for w in sampling.bad_words if output[len(output) - len(w) + 1 :] == [*w[:-1]]}
         everything = range(self.model.vocab_size)
         allowed = everything if sampling.allowed_token_ids is None else sorted(unpack_ids(sampling.allowed_token_ids))
@@ -398,18 +418,16 @@ def sim_config(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     return resolve(config, model, facts)
 
 
-def _forced(sampling: SamplingParams, output: Sequence[int]) -> int | None:
+def _forced(forced: ForcedToken, output: Sequence[int]) -> int | None:
     """The token that must come next."""
-    forced = sampling.forced_token
-    if forced is None or len(output) < forced.after or not {forced.token_id, *forced.unless}.isdisjoint(output):
+    if len(output) < forced.after or not {forced.token_id, *forced.unless}.isdisjoint(output):
         return None
     return forced.token_id
 
 
-def _place(answer: Sequence[int], sampling: SamplingParams, output: Sequence[int]) -> int:
+def _place(answer: Sequence[int], forced: ForcedToken, output: Sequence[int]) -> int:
     """Where a scripted answer goes on; a forced token cuts it short up to its own such token."""
-    forced = sampling.forced_token
-    if forced is None or len(output) <= forced.after or output[forced.after] != forced.token_id:
+    if len(output) <= forced.after or output[forced.after] != forced.token_id:
         return len(output)
     if forced.token_id not in answer or not {forced.token_id, *forced.unless}.isdisjoint(answer[: forced.after]):
         return len(output)
@@ -422,6 +440,10 @@ def _allowed(masks: TokenMasks) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     bits_NV = np.unpackbits(mask_NW.view(np.uint8), axis=1, bitorder="little")
     allowed = {request_id: np.flatnonzero(row) for request_id, row in zip(masks.request_ids, bits_NV, strict=True)}
     return allowed, {masks.request_ids[row]: f"no mask ({why})" for row, why in failed.items()}
+
+
+def _at_replay(kept: SlotSnapshot, plan: StepPlan) -> bool:
+    return any((kept.slot, kept.position) == (replay.slot, replay.position) for replay in plan.replays)
 
 
 def _hang(seconds: float) -> None:

@@ -184,6 +184,10 @@ class ThinkingFields(Body):
     thinking: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool = True
+    separate_reasoning: bool = True
+    stream_reasoning: bool = True
+    """Of the answer: see `server.reasoning_view`."""
 
     @classmethod
     def knows(cls, name: str) -> bool:
@@ -204,9 +208,11 @@ class ThinkingFields(Body):
                     raw.setdefault("reasoning_effort", value)
                 case "max_tokens":
                     raw.setdefault("thinking_token_budget", value)
+                case "enabled" | "enable" | "exclude" if not isinstance(value, bool):
+                    raise bad_request(f"reasoning.{name} must be true or false", param=f"reasoning.{name}")
+                case "exclude":
+                    raw.setdefault("include_reasoning", not value)
                 case "enabled" | "enable":
-                    if not isinstance(value, bool):
-                        raise bad_request(f"reasoning.{name} must be true or false", param=f"reasoning.{name}")
                     raw.setdefault("thinking", {"type": "enabled" if value else "disabled"})
                 case _:
                     raise unsupported(f"reasoning.{echo(name)}")
@@ -233,17 +239,22 @@ class FormatFields(Body):
     ebnf: str | None = None
 
 
-def usage_counts(usage: Usage) -> dict[str, Any]:
-    """OpenAI's and DeepSeek's counts; for whoever wonders, why the prefix cache had no more."""
+def usage_counts(usage: Usage, *, thinking: bool = False) -> dict[str, Any]:
+    """OpenAI's and DeepSeek's counts; for whoever wonders, why the prefix cache had no more.
+
+    `completion_tokens_details` are there when the model thinks.
+    """
     details: dict[str, Any] = {"cached_tokens": usage.cached_tokens}
     if usage.miss_reason is not None:
         details["cache_miss_reason"] = usage.miss_reason
-    return {
+    counts: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": details,
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "prompt_cache_hit_tokens": usage.cached_tokens,
         "prompt_cache_miss_tokens": usage.prompt_tokens - usage.cached_tokens,
     }
+    if thinking:
+        counts["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    return counts

@@ -11,6 +11,7 @@ from server.generation import LEAST_LOGPROB, TokenLogprob
 from server.text.tokenizer import Tokenizer
 
 Columns = dict[str, list[Any]]
+_CONTINUATION = frozenset(bytes([byte]) for byte in range(0x80, 0xC0))
 
 
 class PromptScores:
@@ -33,8 +34,11 @@ class PromptScores:
         offsets = []
         decoder, num_chars = codecs.getincrementaldecoder("utf-8")("replace"), 0
         for token_id in self._ids:
-            offsets.append(num_chars)
-            num_chars += len(decoder.decode(self._tokenizer.bytes_table[token_id]))
+            raw = self._tokenizer.bytes_table[token_id]
+            # The beginning of a character that this token does not go on with is a character (U+FFFD) in front of it.
+            broken = bool(decoder.getstate()[0]) and raw[:1] not in _CONTINUATION
+            offsets.append(num_chars + broken)
+            num_chars += len(decoder.decode(raw))
         tops: list[dict[str, float] | None] = [None]
         for name, logprob, ids, logprobs in zip(
             names[1:], self._logprobs, self._top_ids, self._top_logprobs, strict=True

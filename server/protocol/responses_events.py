@@ -15,7 +15,7 @@ from typing import Any, Literal
 from server.errors import ApiError
 from server.generation import CallDelta, GenerationEvent, TokenLogprob
 from server.protocol import sse
-from server.protocol.chat import chat_logprobs
+from server.protocol.chat_answer import chat_logprobs
 from server.protocol.members import read_partial
 from server.protocol.responses_custom import CustomInput
 from server.protocol.responses_items import seal

@@ -17,6 +17,7 @@ from server.middleware import RequestContext
 from server.protocol.common import SamplingFields
 from server.state import ServerState, Serving
 from server.text.parser import StartsIn
+from server.turns import TurnRecorder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class Job:
     """What the answer may be; None: anything."""
     turn_start: int = 0
     """Where another prompt of the same conversation is likely to part from this one; 0: unknown."""
+    recorder: TurnRecorder | None = None
 
 
 def answer_id(kind: str) -> str:
@@ -85,6 +87,8 @@ async def run(
                     reason = event.finish_reason
                 if event.error is not None:
                     raise _engine_error(event.error, state.admission)
+                if job.recorder is not None:
+                    job.recorder.add(event)
                 yield event
     finally:
         meter.finish(reason)

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server import limits
-from server.chat_run import render_request
+from server.chat_run import render_request, turns_of
 from server.completion_prompt import encode_prompts
 from server.errors import bad_request
 from server.middleware import context_of
@@ -54,12 +54,14 @@ async def render(request: Request) -> Response:
 async def render_chat(request: Request) -> Response:
     body, num_bytes = await read_body(request, ChatBody)
     body.check()
-    state_of(request).check_model(body.model)
+    state = state_of(request)
+    state.check_model(body.model)
     chat = body.chat_request()
+    turns = turns_of(state, context_of(request.scope), chat)
 
     def work(serving: Serving) -> list[Rendered]:
-        prompt = render_request(serving, chat)
-        return [(prompt.text, prompt.token_ids)]
+        token_ids = render_request(serving, chat, turns).token_ids
+        return [(serving.tokenizer.decode(token_ids), token_ids)]
 
     return await _answer(request, num_bytes, work)
 

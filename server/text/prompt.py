@@ -4,13 +4,15 @@ DeepSeek's own library validates and renders; what it marks as special tokens ar
 between them is encoded without the added vocabulary. A user who types `<｜User｜>` sends ordinary tokens.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import deepseek_recipe
 import numpy as np
 
+from server.text.calls import DSML
 from server.text.effort import RENDERED_TIERS, TIERS, EffortTable, PromptError
 from server.text.tokenizer import Tokenizer
 
@@ -18,6 +20,7 @@ __all__ = ["Prompt", "PromptError", "render_chat"]
 
 _MODEL = "DeepSeek-V4-Pro"  # the library's name for the V4 format, of Flash and Pro alike
 ASSISTANT = "<｜Assistant｜>"
+EOS = "<｜end▁of▁sentence｜>"
 _ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 _MOST_MESSAGE_CHARACTERS = 300
 
@@ -38,6 +41,12 @@ class Prompt:
     tokens before it, whatever becomes of this turn's reasoning."""
 
 
+class FindsTurns(Protocol):
+    """Knows how turns of the history were sampled (server.turns)."""
+
+    def find(self, message: Mapping[str, Any], opening: int, prefix: bytes) -> np.ndarray | None: ...
+
+
 def render_chat(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping[str, Any]],
@@ -48,13 +57,15 @@ def render_chat(
     tool_choice: Any = None,
     response_format: Any = None,
     effort_table: EffortTable = "release",
+    turns: FindsTurns | None = None,
 ) -> Prompt:
     """Render and encode `messages` (OpenAI's shape) for generation.
 
     Contents are strings or lists of text parts, which two newlines join. `developer` messages are system messages, and
     all system messages stand at the top. An assistant's earlier thinking is read from `reasoning_content`, `reasoning`
     or `thinking`. `prefix: true` on the last assistant message continues it. `name` has no effect.
-    `reasoning_effort` counts when thinking (None: high). Raises PromptError with `param`.
+    `reasoning_effort` counts when thinking (None: high). An assistant's turn that `turns` knows stands in the ids as it
+    was sampled. Raises PromptError with `param`.
     """
     if reasoning_effort is not None and reasoning_effort not in TIERS:
         raise PromptError(f"reasoning_effort must be one of {', '.join(TIERS)}", "reasoning_effort")
@@ -78,7 +89,9 @@ def render_chat(
         starts_in = "calls"
     elif stage is not None and stage.starts_in_reasoning():
         starts_in = "reasoning"
-    token_ids = _encode(tokenizer, rendered.prompt, rendered.special_ranges)
+    names, plain = _parts(rendered.prompt, rendered.special_ranges)
+    history = [] if turns is None else [m for m in body["messages"] if m["role"] == "assistant" and not m.get("prefix")]
+    token_ids = _encode(tokenizer, names, plain, history, turns)
     opened = np.flatnonzero(token_ids == tokenizer.required_id(ASSISTANT))
     return Prompt(
         token_ids=token_ids,
@@ -100,26 +113,54 @@ def _convert(body: dict[str, Any]) -> deepseek_recipe.ConversationRequest:
         raise PromptError(_shortened(message), _blamed_param(message)) from error
 
 
-def _encode(tokenizer: Tokenizer, text: str, special_ranges: Sequence[tuple[int, int]]) -> np.ndarray:
-    """int32 ids: special tokens where the renderer put them, plain text between."""
-    plain: list[str] = []
-    special: list[int] = []
+def _parts(text: str, special_ranges: Sequence[tuple[int, int]]) -> tuple[list[str], list[str]]:
+    """Special tokens, and the plain texts in front of each and behind the last."""
+    names, plain = [], []
     end = 0
     for start, stop in special_ranges:
         plain.append(text[end:start])
-        name = text[start:stop]
-        token_id = tokenizer.special_id(name)
-        if token_id is None:
-            raise PromptError(f"This model's tokenizer has no {name} token.", "messages")
-        special.append(token_id)
+        names.append(text[start:stop])
         end = stop
-    plain.append(text[end:])
+    return names, [*plain, text[end:]]
+
+
+def _encode(
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    plain: Sequence[str],
+    history: Sequence[Mapping[str, Any]],
+    turns: FindsTurns | None,
+) -> np.ndarray:
+    """int32 ids: special tokens where the renderer put them, plain text between.
+
+    `history` are the assistant's messages, each of which is rendered from `<｜Assistant｜>` to EOS.
+    """
+    special = [_special_id(tokenizer, name) for name in names]
+    encoded = tokenizer.encode_plain_batch(plain)
+    closed = [n for n, name in enumerate(names) if name == EOS]
     ids: list[int] = []
-    for n, part in enumerate(tokenizer.encode_plain_batch(plain)):
-        ids += part
-        if n < len(special):
-            ids.append(special[n])
-    return np.array(ids, dtype=np.int32)
+    prefix, num_hashed = hashlib.blake2b(digest_size=16), 0
+    message, n = 0, 0
+    while n < len(special):
+        ids += encoded[n]
+        ids.append(special[n])
+        if names[n] == ASSISTANT and turns is not None and message < len(history):
+            prefix.update(np.asarray(ids[num_hashed:], dtype="<i4").tobytes())
+            num_hashed = len(ids)
+            sampled = turns.find(history[message], special[n + 1], prefix.digest())
+            if sampled is not None:
+                ids += sampled.tolist()
+                n = closed[message]
+            message += 1
+        n += 1
+    return np.array(ids + encoded[-1], dtype=np.int32)
+
+
+def _special_id(tokenizer: Tokenizer, name: str) -> int:
+    token_id = tokenizer.special_id(name)
+    if token_id is None:
+        raise PromptError(f"This model's tokenizer has no {name} token.", "tools" if name == DSML else "messages")
+    return token_id
 
 
 def _message(message: Any, param: str) -> dict[str, Any]:

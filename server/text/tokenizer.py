@@ -53,6 +53,8 @@ class Tokenizer:
         missing = [name for name in REQUIRED_TOKENS if name not in self._special_ids]
         if missing:
             raise TokenizerError(f"{source}: added_tokens: expected {', '.join(missing)}, found no such token")
+        self.added_ids = frozenset(self._special_ids.values())
+        """Ids of the added vocabulary."""
         self.hidden_ids = frozenset(token_id for token_id, special in added.values() if special)
         """Ids that text for a reader leaves out: the file's `special` tokens (BOS, EOS, padding, place holders)."""
         table = [b""] * vocab_size

@@ -22,6 +22,8 @@ from tests.bench.long_server import (
     Watch,
     cache_flags,
     complete,
+    go_first,
+    long_layout,
     long_model,
     long_server,
     machine,
@@ -33,7 +35,7 @@ OUT = Path(__file__).parent / "results" / "million-cpu.json"
 ANSWER_TOKENS = 8
 NEXT_TOKENS = 100
 """What the user says in a later turn."""
-SPARE_TOKENS = 4096
+SPARE_TOKENS = 1024
 NUM_BLOCKS = 10
 
 
@@ -56,34 +58,37 @@ def measure_million(home: Path, num_tokens: int = 1_000_000, max_model_len: int 
             "tokens_per_second": round(num_tokens / cold.ttft_seconds, 1),
             "most_resident_bytes": memory.most_bytes,
             "pace": progress.pace(long_model(), num_tokens=num_tokens, block=-(-num_tokens // NUM_BLOCKS)),
-            "second_turn": turn_of(cold, second),
+            "second_turn": turn_of(cold, cold, second),
         }
 
 
 def measure_two_sessions(home: Path, num_tokens: int, device_tokens: int, num_turns: int = 3) -> dict[str, Any]:
     """Two sessions that take turns; the device holds pages of `device_tokens` tokens, the host those of both."""
     session_tokens = num_tokens + SPARE_TOKENS
-    host_bytes = 4 * (2 * session_tokens) * (cache_page_bytes() // 256) // 3 + (32 << 20)
+    # A quarter of it is for snapshots, of which a session has several.
+    host_bytes = 2 * long_layout().bytes_for(2 * session_tokens) + (32 << 20)
     flags = cache_flags(device_tokens=device_tokens, host_bytes=host_bytes, max_model_len=session_tokens)
     with long_server(home, *flags) as live:
         before, memory = machine(), Memory(live)
         sessions = [prompt_ids(seed, num_tokens) for seed in (3, 4)]
-        last: list[Answer | None] = [None, None]
+        answers: list[list[Answer]] = [[], []]
         turns = []
         with Watch(memory.look, 1.0):
             for turn in range(num_turns):
-                for n in (0, 1):
-                    earlier = last[n]
-                    if earlier is not None:
-                        sessions[n] = next_turn(sessions[n], earlier, seed=10 * turn + n)
-                    answer = last[n] = complete(live, sessions[n], max_tokens=ANSWER_TOKENS)
-                    row = {"session": n, "turn": turn, "ttft_seconds": round(answer.ttft_seconds, 3)}
-                    turns.append(row if earlier is None else {**row, **turn_of(earlier, answer)})
+                for n, given in enumerate(answers):
+                    if given:
+                        sessions[n] = next_turn(sessions[n], given[-1], seed=10 * turn + n)
+                    answer = complete(live, sessions[n], max_tokens=ANSWER_TOKENS)
+                    turns.append({"session": n, "turn": turn, "ttft_seconds": round(answer.ttft_seconds, 3)})
+                    if given:
+                        turns[-1].update(turn_of(given[0], given[-1], answer))
+                    given.append(answer)
         return {
             "machine": before,
             "flags": " ".join(flags),
             "prompt_tokens": num_tokens,
             "device_tokens": device_tokens,
+            "page_bytes": long_layout().bytes_per_page,
             "turns": turns,
             "moved_bytes": int(live.metric("fathom_moved_bytes_total")),
             "most_resident_bytes": memory.most_bytes,
@@ -94,21 +99,15 @@ def next_turn(ids: list[int], answer: Answer, *, seed: int) -> list[int]:
     return ids + answer.token_ids + prompt_ids(seed, NEXT_TOKENS)
 
 
-def turn_of(earlier: Answer, later: Answer) -> dict[str, Any]:
-    """How a later turn went; all that could be cached is what the earlier one had computed."""
+def turn_of(first: Answer, earlier: Answer, later: Answer) -> dict[str, Any]:
+    """How a later turn went, beside the session's first; what could be cached is what the turn before had computed."""
     return {
         "ttft_seconds": round(later.ttft_seconds, 3),
-        "share_of_first_ttft": round(later.ttft_seconds / earlier.ttft_seconds, 5),
+        "share_of_first_ttft": round(later.ttft_seconds / first.ttft_seconds, 5),
         "cached_tokens": later.cached_tokens,
         "could_be_cached": earlier.computed_tokens,
         "miss_reason": later.miss_reason,
     }
-
-
-def cache_page_bytes() -> int:
-    from model.kv_layout import KVLayout
-
-    return KVLayout(config=long_model(), row_format="float32", index_format="float32").bytes_per_page
 
 
 def main() -> None:
@@ -118,6 +117,7 @@ def main() -> None:
     parser.add_argument("--session-tokens", type=int, default=300_000)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
+    go_first()
     session = args.session_tokens + SPARE_TOKENS
     parts = {
         "million": lambda home: measure_million(home, args.tokens, args.tokens + (1 << 20) - 1_000_000),

@@ -63,6 +63,9 @@ class Harness:
         body = {"model": MODEL, "messages": [{"role": "user", "content": text}], **fields}
         return await self.post("/v1/chat/completions", body)
 
+    async def chat_messages(self, messages: Sequence[Any], **fields: Any) -> httpx.Response:
+        return await self.post("/v1/chat/completions", {"model": MODEL, "messages": messages, **fields})
+
     async def complete(self, prompt: Any = "hi", **fields: Any) -> httpx.Response:
         return await self.post("/v1/completions", {"model": MODEL, "prompt": prompt, **fields})
 
@@ -90,12 +93,16 @@ def sim_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serving(sim_model_dir: Path) -> Callable[..., Any]:
-    """A factory: `async with serving(answer="...", max_model_len=...) as harness`."""
+    """A factory: `async with serving(answer="...", max_model_len=...) as harness`.
+
+    `answers` are those of a conversation's turns.
+    """
 
     @asynccontextmanager
     async def make(
         *,
         answer: str | None = None,
+        answers: Sequence[str] = (),
         keys: Sequence[str] = (),
         config: ServerConfig | None = None,
         max_model_len: int = 4096,
@@ -109,11 +116,13 @@ def serving(sim_model_dir: Path) -> Callable[..., Any]:
             model_dir=str(sim_model_dir), simulate=True, max_model_len=max_model_len, max_num_seqs=max_num_seqs
         )
         script = None
-        if answer is not None:
-            ids = tokenizer.encode(answer, special=True)
+        if answer is not None or answers:
+            turns = [tokenizer.encode(text, special=True) for text in (answers or [answer])]
+            assistant = tokenizer.required_id("<｜Assistant｜>")
 
             def script(prompt: np.ndarray) -> Sequence[int]:
-                return ids
+                """The nth answer to a prompt that opens the nth turn."""
+                return turns[min(np.count_nonzero(prompt == assistant), len(turns)) - 1]
 
         executor = SimExecutor(
             sim_config(engine_config, model),

@@ -114,7 +114,7 @@ def test_tokenize_and_detokenize_agree_with_the_server(serving: Any) -> None:
             asked = {"prompt": "a<think>é", "return_token_strs": True, "parse_special": True}
             assert (await server.post("/tokenize", asked)).json()["token_strs"] == ["a", "<think>", "\ufffd", "\ufffd"]
             back = await server.post("/detokenize", {"tokens": answer["tokens"]})
-            assert back.json() == {"prompt": text}
+            assert back.json()["prompt"] == text
             messages = [{"role": "user", "content": text}]
             counted = (await server.post("/tokenize", {"messages": messages})).json()["count"]
             assert (await server.chat(text)).json()["usage"]["prompt_tokens"] == counted

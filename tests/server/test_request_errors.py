@@ -85,7 +85,10 @@ CHAT = COMMON | {
         {"reasoning_effort": 3},
         {"x": 1},
     ],
-    "reasoning": [1, "high", [], {"enabled": 1}, {"summary": "auto"}],
+    "reasoning": [1, "high", [], {"enabled": 1}, {"exclude": "yes"}, {"summary": "auto"}],
+    "include_reasoning": NOT_A_BOOLEAN,
+    "separate_reasoning": NOT_A_BOOLEAN,
+    "stream_reasoning": NOT_A_BOOLEAN,
     "logprobs": [*NOT_A_BOOLEAN, 5],
     "top_logprobs": [*NOT_AN_INTEGER, -1, 21, 5],
     "tools": [
@@ -110,7 +113,6 @@ CHAT = COMMON | {
     "chat_template": ["{{ 1 }}"],
     "continue_final_message": [True],
     "add_generation_prompt": [False],
-    "n": [*COMMON["n"], 2],
     "prompt_logprobs": [*COMMON["prompt_logprobs"], 0, 1],
 }
 COMPLETIONS = COMMON | {

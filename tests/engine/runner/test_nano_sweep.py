@@ -67,11 +67,12 @@ def test_random_lives(nano_lab: Any, nano_run: LongRun, seed: int) -> None:
         engine.submit(f"{number}", prompt, count, anchors)
         lengths[f"{number}"] = length
         for _ in range(rng.randrange(20)):
-            rows = rng.choice((places["max_num_seqs"], 64, 200, 1000))
+            rows = rng.choice((33, 64, 200, 1000))
             scheduler.config = replace(scheduler.config, max_num_batched_tokens=rows)
             engine.step()
             if rng.random() < 0.1:
                 engine.preempt_all()
+    scheduler.config = replace(scheduler.config, max_num_batched_tokens=1000)
     engine.run()
     for name, length in lengths.items():
         nano_run.check(engine.answers[name], length)

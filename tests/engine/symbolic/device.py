@@ -14,62 +14,19 @@ afterwards.
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 from symbolic import tags
-from symbolic.tags import NOTHING
+from symbolic.exact_replay import replay_is_exact
+from symbolic.faults import Faults
+from symbolic.live import CSA_ROWS, HIDDEN, NUM_ACCUMULATORS, PAGE_ROWS, Live
+from symbolic.tags import MASK, NOTHING
 
 from engine.config import ResolvedConfig
 from engine.executor import StepError
 from engine.plan import NewRequest, ScheduledTokens, StepPlan, StepResult
 from model.config import CSA_RATIO, HCA_RATIO, ModelConfig
 from model.kv_layout import PAGE_TOKENS, LayerReplay, replay_layers
-
-_CSA = PAGE_TOKENS // CSA_RATIO
-_HCA = PAGE_TOKENS // HCA_RATIO
-PAGE_ROWS = 2 * _CSA + _HCA
-_INDEX_MARK, _HCA_MARK = 0x1111_1111_1111_1111, 0x2222_2222_2222_2222
-"""Entries of different classes have different tags."""
-_NUM_ACCUMULATORS = 5
-_MASK = 2**64 - 1
-
-
-@dataclass(slots=True, kw_only=True)
-class Faults:
-    """Chances, for each step, that something goes wrong; drawn from a seed and the step's id."""
-
-    seed: int = 0
-    step: float = 0.0
-    """The step fails as a whole: before anything is moved, before a row is computed, or before snapshots are taken."""
-    request: float = 0.0
-    """One scheduled request fails: what it has computed in the step is worthless."""
-    copy: float = 0.0
-    """A copy or a restore does not arrive, and the request that it is for fails; or a load does not arrive, which fails
-    the step, because others may count on the page as well."""
-    slow: float = 0.0
-    """The step takes a hundred times as long."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Live:
-    """A request as the device knows it."""
-
-    new: NewRequest
-    root: int
-    num_tokens: int
-    num_computed: int
-    """-1: the slot has not been made what it must be."""
-    tags_N: np.ndarray
-    """uint64 [capacity]: of all known tokens."""
-    rows_PR: np.ndarray
-    """uint64 [pages, PAGE_ROWS]: what its pages must hold, as far as tokens are known."""
-    table_P: np.ndarray
-    """int64 [pages]."""
-    num_pages: int = 0
-    ended: bool = False
-    """A step failed it: it may only be forgotten."""
-    page_ids: list[int] = field(default_factory=list)
 
 
 class SymbolicDevice:
@@ -105,13 +62,13 @@ class SymbolicDevice:
         """How many tables hold a page."""
         self._host_rows = np.full((config.num_host_pages, PAGE_ROWS), NOTHING, dtype=np.uint64)
         self._host_filled = np.zeros(config.num_host_pages, dtype=bool)
-        self._slots = np.full((config.max_num_seqs, self._ring + _NUM_ACCUMULATORS), NOTHING, dtype=np.uint64)
-        self._slot_live: list[_Live | None] = [None] * config.max_num_seqs
+        self._slots = np.full((config.max_num_seqs, self._ring + NUM_ACCUMULATORS), NOTHING, dtype=np.uint64)
+        self._slot_live: list[Live | None] = [None] * config.max_num_seqs
         """Whose state a slot holds; it stays when the request is forgotten, until another one takes the slot."""
-        width = self._window - 1 + _NUM_ACCUMULATORS
+        width = self._window - 1 + NUM_ACCUMULATORS
         self._snapshots = np.full((config.num_snapshots, width), NOTHING, dtype=np.uint64)
         self._snapshot_positions = [-1] * config.num_snapshots
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Live] = {}
         self._taken: set[int] = set()
         self._unlearned: set[str] = set()
         """Requests whose only step failed before the device learned of them."""
@@ -141,8 +98,11 @@ class SymbolicDevice:
         if failing == "moved":
             self._fail_step(plan)
         failed = self._lose_copy(plan, draw)
+        kept = {(slot, position): snapshot for slot, position, snapshot in plan.slot_snapshots}
         for request_id, slot, position in plan.replays:
             self._replay(self._live[request_id], slot, position, lost=request_id in failed)
+            if (slot, position) in kept:
+                self._save(slot, position, kept.pop((slot, position)))
         for rows in plan.scheduled:
             if rows.request_id not in failed:
                 self._check_rows(rows)
@@ -156,7 +116,7 @@ class SymbolicDevice:
         if failing == "computed":
             self._fail_step(plan)
         sampled = [(s.request_id, self._sample(s)) for s in plan.scheduled if s.samples and s.request_id not in failed]
-        for slot, position, snapshot in plan.slot_snapshots:
+        for (slot, position), snapshot in kept.items():
             self._save(slot, position, snapshot)
         self.num_steps += 1
         self._count(plan)
@@ -217,22 +177,7 @@ class SymbolicDevice:
         assert new.token_ids.dtype == np.int32 and known >= new.num_prompt_tokens >= 1
         assert 0 <= new.num_computed_tokens < known, "at least the last known token is computed"
         most = min(new.num_prompt_tokens + new.sampling.max_tokens, self.config.max_model_len)
-        num_pages = -(-max(most, known) // PAGE_TOKENS)
-        root = tags.root(self._salt_of(new.request_id))
-        tags_N = np.zeros(num_pages * PAGE_TOKENS, dtype=np.uint64)
-        tags_N[:known] = tags.history(new.token_ids) + np.uint64(root)
-        by_page = tags_N.reshape(num_pages, PAGE_TOKENS)
-        csa = by_page[:, CSA_RATIO - 1 :: CSA_RATIO]
-        hca = by_page[:, HCA_RATIO - 1 :: HCA_RATIO]
-        live = _Live(
-            new=new,
-            root=root,
-            num_tokens=known,
-            num_computed=-1 if new.num_computed_tokens else 0,
-            tags_N=tags_N,
-            rows_PR=np.concatenate([csa, csa ^ np.uint64(_INDEX_MARK), hca ^ np.uint64(_HCA_MARK)], axis=1),
-            table_P=np.zeros(num_pages, dtype=np.int64),
-        )
+        live = Live.learn(new, tags.root(self._salt_of(new.request_id)), max(most, known))
         self._taken.add(new.slot)
         self._live[new.request_id] = live
         self._slot_live[new.slot] = live
@@ -313,7 +258,7 @@ class SymbolicDevice:
             live.page_ids.append(page)
             live.num_pages += 1
 
-    def _replay(self, live: _Live, slot: int, position: int, *, lost: bool) -> None:
+    def _replay(self, live: Live, slot: int, position: int, *, lost: bool) -> None:
         """The rows of a replay read all entries before its position, and no row of the slot."""
         name = live.new.request_id
         assert live.num_computed == -1 and live.new.slot == slot, f"{name} is replayed where it stands"
@@ -343,7 +288,7 @@ class SymbolicDevice:
         found = self._slots[slot, self._ring :].tolist()
         assert found == self._accumulators(live, start), f"{name}: the accumulators do not stand at {start}"
 
-    def _check_entries(self, live: _Live, position: int) -> None:
+    def _check_entries(self, live: Live, position: int) -> None:
         """All entries before a position are in the pages of the table."""
         whole, rest = divmod(position, PAGE_TOKENS)
         name = live.new.request_id
@@ -354,28 +299,13 @@ class SymbolicDevice:
         if rest >= CSA_RATIO:
             entries = rest // CSA_RATIO
             found, expected = self._page_rows[live.table_P[whole]], live.rows_PR[whole]
-            same = (found == expected) | _HIDDEN[entries]
+            same = (found == expected) | HIDDEN[entries]
             assert same.all(), f"{name}: entries of the last page before row {position} are not its own"
 
-    def _accumulators(self, live: _Live, position: int) -> list[int]:
-        """What they must hold after `position` tokens: overlap, accumulator, both of the index keys, HCA."""
-        group = position // CSA_RATIO * CSA_RATIO
-        overlap = int(live.tags_N[group - 1]) if group else NOTHING
-        last = int(live.tags_N[position - 1])
-        current = last if position > group else NOTHING
-        return (
-            [
-                overlap,
-                current,
-                overlap ^ _INDEX_MARK,
-                current ^ _INDEX_MARK,
-                last ^ _HCA_MARK if position % HCA_RATIO else NOTHING,
-            ]
-            if position
-            else [NOTHING] * _NUM_ACCUMULATORS
-        )
+    def _accumulators(self, live: Live, position: int) -> list[int]:
+        return live.accumulators(position)
 
-    def _write_rows(self, live: _Live, start: int, end: int) -> None:
+    def _write_rows(self, live: Live, start: int, end: int) -> None:
         self._write_slot(live, start, end)
         live.num_computed = end
         for index in range(start // PAGE_TOKENS, -(-end // PAGE_TOKENS)):
@@ -383,12 +313,12 @@ class SymbolicDevice:
             a, b = max(0, start - begin), min(PAGE_TOKENS, end - begin)
             target, source = self._page_rows[page], live.rows_PR[index]
             self._page_filled[page] = True
-            for base, ratio in ((0, CSA_RATIO), (_CSA, CSA_RATIO), (2 * _CSA, HCA_RATIO)):
+            for base, ratio in ((0, CSA_RATIO), (CSA_ROWS, CSA_RATIO), (2 * CSA_ROWS, HCA_RATIO)):
                 low, high = base + a // ratio, base + b // ratio
                 if low < high:
                     target[low:high] = source[low:high]
 
-    def _write_slot(self, live: _Live, start: int, end: int) -> None:
+    def _write_slot(self, live: Live, start: int, end: int) -> None:
         state, first = self._slots[live.new.slot], max(start, end - self._ring)
         state[self._places[first:end]] = live.tags_N[first:end]
         state[self._ring :] = self._accumulators(live, end)
@@ -419,7 +349,7 @@ class SymbolicDevice:
         live.ended = True
         self._slots[live.new.slot] = NOTHING
         for index in range(start // PAGE_TOKENS, live.num_pages):
-            kept = ~_HIDDEN[max(0, start - index * PAGE_TOKENS) // CSA_RATIO]
+            kept = ~HIDDEN[max(0, start - index * PAGE_TOKENS) // CSA_RATIO]
             self._page_rows[live.page_ids[index]] *= kept
 
     def _fail_step(self, plan: StepPlan) -> None:
@@ -432,7 +362,7 @@ class SymbolicDevice:
     def _sample(self, rows: ScheduledTokens) -> int:
         live = self._live[rows.request_id]
         position, new = live.num_tokens, live.new
-        tag = (int(live.tags_N[position - 1]) - live.root) & _MASK
+        tag = (int(live.tags_N[position - 1]) - live.root) & MASK
         token_id = tags.sample(
             tag,
             new.sampling,
@@ -441,19 +371,8 @@ class SymbolicDevice:
             vocab_size=self.model.vocab_size,
         )
         if position < len(live.tags_N):
-            self._append(live, (tag + tags.step(token_id, position) + live.root) & _MASK)
+            live.append((tag + tags.step(token_id, position) + live.root) & MASK)
         return token_id
-
-    def _append(self, live: _Live, tag: int) -> None:
-        position = live.num_tokens
-        live.tags_N[position] = tag
-        live.num_tokens += 1
-        page, inside = divmod(position, PAGE_TOKENS)
-        if inside % CSA_RATIO == CSA_RATIO - 1:
-            live.rows_PR[page, inside // CSA_RATIO] = tag
-            live.rows_PR[page, _CSA + inside // CSA_RATIO] = tag ^ _INDEX_MARK
-        if inside % HCA_RATIO == HCA_RATIO - 1:
-            live.rows_PR[page, 2 * _CSA + inside // HCA_RATIO] = tag ^ _HCA_MARK
 
     def _count(self, plan: StepPlan) -> None:
         orders: Iterable[tuple[str, int]] = (
@@ -468,43 +387,5 @@ class SymbolicDevice:
             self.num_orders[name] += count
 
 
-def replay_is_exact(model: ModelConfig, position: int, layers: tuple[LayerReplay, ...]) -> bool:
-    """Whether a replay of these rows rebuilds every slot row of `position` in every layer.
-
-    A row is exact in a layer when its input is, and its output when the rows of its window are as well (entries are in
-    the pages). Only rows that the layer below has put out can enter a layer.
-    """
-    width = model.sliding_window - 1
-    inputs = np.ones(position, dtype=bool)
-    for kind, layer in zip(model.layer_kinds, layers, strict=True):
-        exact = inputs.copy()
-        exact[: layer.start] = False
-        folded = position
-        if kind == "csa":
-            folded = max(0, position // CSA_RATIO * CSA_RATIO - CSA_RATIO)
-        elif kind == "hca":
-            folded = position // HCA_RATIO * HCA_RATIO
-        if not exact[max(0, position - width) :].all() or not exact[folded:].all() or layer.fold > folded:
-            return False
-        missing = np.concatenate([[0], np.cumsum(~exact)])
-        rows = np.arange(position)
-        inputs = exact & (missing[rows + 1] == missing[np.maximum(0, rows - width)])
-        inputs[: layer.output] = False
-    return True
-
-
-def _hidden() -> np.ndarray:
-    """bool [entries, PAGE_ROWS]: rows of a page that nobody may see when it has that many CSA entries."""
-    hidden = np.ones((_CSA + 1, PAGE_ROWS), dtype=bool)
-    for entries in range(_CSA + 1):
-        hidden[entries, :entries] = False
-        hidden[entries, _CSA : _CSA + entries] = False
-        hidden[entries, 2 * _CSA : 2 * _CSA + entries * CSA_RATIO // HCA_RATIO] = False
-    return hidden
-
-
 def _first_lie(same: np.ndarray) -> int:
     return int(np.argmin(same.all(axis=1)))
-
-
-_HIDDEN = _hidden()

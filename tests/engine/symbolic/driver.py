@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, get_args
 
-from symbolic.device import Faults, SymbolicDevice
+from symbolic.device import SymbolicDevice
+from symbolic.faults import Faults
 from symbolic.traffic import MODEL, AbortInFlight, Budget, Jump, Kind, Op, Step, Traffic, expected, random_config
 
 from engine.config import ResolvedConfig
@@ -17,10 +18,10 @@ from engine.messages import AbortRequest, AddRequest, StepOutputs, unpack_ids
 from engine.plan import StepPlan, StepResult
 
 MakeDevice = Callable[..., SymbolicDevice]
-EPISODES: dict[Kind, int] = {"plain": 8, "crowded": 8, "storm": 8, "full": 8, "faulty": 20}
+EPISODES: dict[Kind, int] = {"plain": 8, "crowded": 8, "storm": 8, "full": 8, "faulty": 30}
 """Seeds that must pass, and within which every mutant must fail; faults are rare, so they take more."""
 EPISODE_OPS = 400
-"""20,800 operations in all, those not counted in which an episode drains."""
+"""24,800 operations in all, those not counted in which an episode drains."""
 FULL_CHECK = 50
 """Operations between two recomputations of all books."""
 MOST_IDLE_STEPS = 3
@@ -124,12 +125,15 @@ class Run:
         assert kv.num_available_pages == config.num_pages, "pages are lost"
         assert kv.pages.num_free + kv.index.num_device_pages == config.num_pages, "pages are neither free nor cached"
         assert kv.num_free_slots == config.max_num_seqs and not kv.num_departing, "slots are lost"
-        # What is cached can be given up, all of it.
-        for _ in range(2):
-            evicted = kv.index.evict(config.num_pages)
-            kv.pages.free(evicted.page_ids)
-            kv.snapshots.discard(evicted.lost)
+        # What is cached can be given up, all of it, and then nothing is left.
+        evicted = kv.index.evict(config.num_pages)
+        kv.pages.free(evicted.page_ids)
+        kv.snapshots.discard(evicted.lost)
         assert kv.pages.num_free == config.num_pages, "a cached page can never be given up"
+        dropped = kv.index.discard(set(range(config.num_host_pages)), set())
+        kv.snapshots.discard(dropped.lost)
+        assert not kv.index and kv.index.host.num_free == config.num_host_pages, "host pages are lost"
+        assert not len(kv.snapshots), "a snapshot is kept that nobody can come back to"
         kv.check()
 
     def _set_rows(self, count: int) -> None:

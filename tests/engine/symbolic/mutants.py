@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from symbolic.device import NOTHING, SymbolicDevice
+from symbolic.device import SymbolicDevice
+from symbolic.tags import NOTHING
 from symbolic.traffic import Kind
 
 from engine.kv.hashing import PageHasher
@@ -114,6 +115,9 @@ ENGINE = (
         "_start",
         "num_computed_tokens=resume_at",
         "num_computed_tokens=max(0, resume_at - 1)",
+    ),
+    Mutant(
+        "T9", "snapshot outlives its rows", KVManager, "release", "elif token_ids is not None:", "elif False:", "storm"
     ),
     Mutant(
         "T10",

@@ -14,7 +14,7 @@ from engine.messages import FinishReason, SamplingParams
 
 NOTHING = 0
 """Tag of what was never written, or of what a failure left behind."""
-_MASK = 2**64 - 1
+MASK = 2**64 - 1
 _A, _B, _C = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
@@ -36,9 +36,9 @@ def step(token_id: int, position: int) -> int:
 
 
 def _mix(x: int) -> int:
-    x = (x + _A) & _MASK
-    x = ((x ^ (x >> 30)) * _B) & _MASK
-    x = ((x ^ (x >> 27)) * _C) & _MASK
+    x = (x + _A) & MASK
+    x = ((x ^ (x >> 30)) * _B) & MASK
+    x = ((x ^ (x >> 27)) * _C) & MASK
     return x ^ (x >> 31)
 
 
@@ -64,5 +64,5 @@ def answer(
             return tokens, "stop"
         if position + 1 >= max_model_len:
             break
-        tag = (tag + step(token_id, position)) & _MASK
+        tag = (tag + step(token_id, position)) & MASK
     return tokens, "length"

@@ -1,11 +1,11 @@
-"""20,000 operations against an engine whose rows are tags: every row that is read is the row that was meant."""
+"""25,000 operations against an engine whose rows are tags: every row that is read is the row that was meant."""
 
 import logging
 from collections import Counter
 
 import pytest
-from symbolic.device import replay_is_exact
 from symbolic.driver import EPISODE_OPS, EPISODES, Episode, run_episode
+from symbolic.exact_replay import replay_is_exact
 from symbolic.mutants import narrow_replay, window_replay
 from symbolic.traffic import MODEL, Kind
 
