@@ -23,7 +23,7 @@ _INCLUDES = (
     *("file_search_call.results", "web_search_call.results", "web_search_call.action.sources"),
     *("message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs"),
 )
-_FOREIGN_REASONING = ("max_tokens", "enabled", "enable")
+_FOREIGN_REASONING = ("max_tokens", "enabled", "enable", "exclude")
 _SUMMARIES = ("auto", "concise", "detailed")
 PARAMS = {"response_format": "text.format", "messages": "input", "reasoning_effort": "reasoning.effort"}
 """Fields of a chat request to the fields of this API."""
