@@ -149,7 +149,7 @@ def test_when_a_request_is_preempted(make_config: MakeConfig, make_message: Make
     scheduling = SchedulingConfig(
         step_seconds=1e6, interactive_itl_seconds=1e6, long_itl_seconds=1e6, output_quantile=0.1
     )
-    config = make_config(num_pages=5, num_snapshots=8, num_host_pages=16, scheduling=scheduling)
+    config = make_config(num_pages=5, num_snapshots=32, num_host_pages=64, scheduling=scheduling)
     engine = Engine(config, make_message)
     for i in range(20):
         engine.ask(text(8, i), 1)
