@@ -112,15 +112,16 @@ def test_at_the_end_of_a_turn(engine: Engine) -> None:
     assert cached == 708 and engine.last_way == "restored"
 
 
-def test_where_a_second_request_leaves_the_first(engine: Engine) -> None:
+@pytest.mark.parametrize("own", [900, 30])
+def test_where_a_second_request_leaves_the_first(engine: Engine, own: int) -> None:
     """The second is replayed there, the third restored; both compute their own tokens only."""
     shared = text(20_000, 1)
     engine.ask([*shared, *text(900, 2)])
     junction = len(shared) // 256 * 256
-    _, second = engine.ask([*shared, *text(900, 3)])
+    _, second = engine.ask([*shared, *text(own, 3)])
     assert second == junction and engine.last_way == "replayed"
     assert ("junction", junction) in engine.kept
-    _, third = engine.ask([*shared, *text(900, 4)])
+    _, third = engine.ask([*shared, *text(own, 4)])
     assert third == junction and engine.last_way == "restored"
 
 
