@@ -14,7 +14,7 @@ ARGS ?=
 # Two workers of one thread each: model tests are small, and more threads than cores would only wait for each other.
 TEST_WORKERS ?= 2
 
-.PHONY: help install run chat test test-long soak lint format type bench clean
+.PHONY: help install run chat test test-long test-clients soak lint format type bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)$$/  make \1|\2/' | column -t -s'|'
@@ -38,10 +38,13 @@ chat: install ## talk to the server that `make run` started
 	$(BIN)/fathom chat $(ARGS)
 
 test: install ## run the tests (minutes); TESTS=path picks some
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m 'not long and not gpu' --durations=10 $(or $(TESTS),tests)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m 'not long and not gpu and not clients' --durations=10 $(or $(TESTS),tests)
 
 test-long: install ## run the slow tests as well (a million tokens among them)
 	$(BIN)/python -m pytest -m long --durations=10 $(or $(TESTS),tests)
+
+test-clients: install ## run coding agents and client libraries against the server (installs them into .clients/, 2 GB)
+	$(BIN)/python -m pytest -m clients --durations=10 $(or $(TESTS),tests/clients)
 
 soak: install ## ten million operations on the symbolic device (about an hour); OPS=n for fewer
 	OMP_NUM_THREADS=1 $(BIN)/python tests/engine/symbolic/soak.py --ops $(or $(OPS),10000000) --workers $(TEST_WORKERS)
@@ -61,5 +64,5 @@ bench: install ## measure prefill and decode beside transformers; writes tests/b
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python tests/bench/bench_model.py $(ARGS)
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .clients build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

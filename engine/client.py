@@ -4,7 +4,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.messages import AddRequest, EngineInfo, EngineStats, FinishReason, LogprobRow, RequestError
+from engine.messages import (
+    AddRequest,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    LogprobRow,
+    PromptLogprobColumns,
+    RequestError,
+)
 
 
 class EngineDeadError(RuntimeError):
@@ -22,6 +30,8 @@ class RequestOutput:
     miss_reason: str | None = None
     """Why no more of the prompt was cached; None when all that could be expected was."""
     logprobs: tuple[LogprobRow, ...] | None = None
+    prompt_logprobs: PromptLogprobColumns | None = None
+    """Once, beside the first token, when they were asked for."""
     error: RequestError | None = None
     queued_seconds: float = 0.0
 

@@ -221,10 +221,12 @@ def workspace_bytes(
     max_num_seqs: int,
     max_num_batched_tokens: int,
 ) -> int:
-    """Memory one step may need beside weights, pages and slots: logits of one sampler block, counts of the penalties
-    and the activations of the widest layer. An estimate from above for the sampler, an empirical one for activations.
+    """Memory one step may need beside weights, pages and slots: logits of one block of rows, counts of the penalties
+    and the activations of the widest layer. An estimate from above for the logits, an empirical one for activations.
     """
-    logits = min(max_num_seqs * model.vocab_size, max(SAMPLER_ELEMENTS, model.vocab_size)) * 4 * _SAMPLER_COPIES
+    # Every row of a step may want logits: those of prompt tokens whose log probabilities were asked for do.
+    rows = max(max_num_seqs, max_num_batched_tokens)
+    logits = min(rows * model.vocab_size, max(SAMPLER_ELEMENTS, model.vocab_size)) * 4 * _SAMPLER_COPIES
     counts = max_num_seqs * model.vocab_size * 4
     widest = max(
         model.hc_mult * model.hidden_size,

@@ -9,7 +9,11 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
+import msgspec
+
 from engine.executor import Executor, StepError
+from engine.grammar.compiler import COPY_BYTES, GrammarCompiler, GrammarError
+from engine.grammar.matcher import GrammarMatcher
 from engine.kv.hashing import PageKeys
 from engine.messages import (
     PROTOCOL_VERSION,
@@ -17,6 +21,7 @@ from engine.messages import (
     AddRequest,
     EngineDead,
     EngineInfo,
+    EngineStats,
     FromEngine,
     Heartbeat,
     Ping,
@@ -41,6 +46,13 @@ class Prepared(NamedTuple):
     keys: PageKeys
 
 
+class Compiled(NamedTuple):
+    """The grammar of a request that waits for it."""
+
+    request_id: str
+    matcher: GrammarMatcher | GrammarError
+
+
 class EngineCore:
     """One executor and its scheduler."""
 
@@ -55,8 +67,13 @@ class EngineCore:
         layout = executor.config.layout(executor.model)
         self.executor = executor
         self.scheduler = Scheduler(executor.config, layout, eos_token_id=executor.eos_token_id)
+        self._grammars = GrammarCompiler(
+            executor.config.model_dir, vocab_size=executor.model.vocab_size, eos_token_id=executor.eos_token_id
+        )
+        self._compiling: dict[str, tuple[AddRequest, PageKeys | None]] = {}
+        """Requests that the scheduler has not seen: it gets them with their matchers."""
         self.info = engine_info(executor, load_seconds=load_seconds)
-        self.inbox: SimpleQueue[ToEngine | Prepared | Exception] = SimpleQueue()
+        self.inbox: SimpleQueue[ToEngine | Prepared | Compiled | Exception] = SimpleQueue()
         """An exception in it ends the engine: that is how a broken link tells the loop."""
         self.outbox: deque[FromEngine] = deque()
         self._clock = clock
@@ -71,7 +88,7 @@ class EngineCore:
         result = self._execute(plan)
         outputs = self.scheduler.update(plan, result, self._clock())
         if outputs.request_ids:
-            self.outbox.append(outputs)
+            self.outbox.append(msgspec.structs.replace(outputs, stats=self._with_grammars(outputs.stats)))
 
     def run(self, send: Callable[[FromEngine], None]) -> bool:
         """Step until a Shutdown comes (True) or the engine dies (False).
@@ -79,12 +96,13 @@ class EngineCore:
         The first frame is EngineInfo; dying, the last one is EngineDead.
         """
         try:
+            self._grammars.warm()
             send(self.info)
             last_sent = self._clock()
             while not self._leaving:
                 self.step(max(0.0, last_sent + HEARTBEAT_SECONDS - self._clock()))
                 if not self.outbox and self._clock() - last_sent >= HEARTBEAT_SECONDS:
-                    self.outbox.append(Heartbeat(stats=self.scheduler.stats()))
+                    self.outbox.append(Heartbeat(stats=self._stats()))
                 while self.outbox:
                     send(self.outbox.popleft())
                     last_sent = self._clock()
@@ -93,6 +111,8 @@ class EngineCore:
             send(EngineDead(reason=f"{type(error).__name__}: {error}"))
             return False
         finally:
+            self._grammars.close()
+            self.scheduler.grammars.close()
             self.executor.close()
         return True
 
@@ -105,16 +125,20 @@ class EngineCore:
         except Empty:
             return
 
-    def _handle(self, message: ToEngine | Prepared | Exception) -> None:
+    def _handle(self, message: ToEngine | Prepared | Compiled | Exception) -> None:
         match message:
             case AddRequest():
-                self._add(message, None)
+                self._take(message, None)
             case Prepared():
-                self._add(message.request, message.keys)
+                self._take(message.request, message.keys)
+            case Compiled():
+                self._take_compiled(message)
             case AbortRequest():
+                if self._compiling.pop(message.request_id, None) is not None:
+                    self.scheduler.refuse(message.request_id, None)
                 self.scheduler.abort(message.request_id)
             case Ping():
-                self.outbox.append(Heartbeat(stats=self.scheduler.stats(), nonce=message.nonce))
+                self.outbox.append(Heartbeat(stats=self._stats(), nonce=message.nonce))
             case Shutdown():
                 self._leaving = True
             case Exception():
@@ -129,11 +153,32 @@ class EngineCore:
             return message
         return Prepared(message, PageKeys(hasher, message.cache_salt, unpack_ids(message.prompt_token_ids)))
 
-    def _add(self, message: AddRequest, keys: PageKeys | None) -> None:
-        if message.request_id in self.scheduler.requests:
+    def _take(self, message: AddRequest, keys: PageKeys | None) -> None:
+        """A request from outside: at once to the scheduler, or when its grammar is compiled."""
+        if message.request_id in self.scheduler.requests or message.request_id in self._compiling:
             # An answer would end the stream of the request that has the id.
             logger.error("request id %s came twice; the second one is dropped", message.request_id)
             return
+        if message.grammar is None:
+            self._add(message, keys)
+            return
+        matcher = self._grammars.find(message.grammar)
+        if matcher is not None:
+            self._add(message, keys, matcher)
+            return
+        self._compiling[message.request_id] = (message, keys)
+        self._grammars.start(message.grammar, lambda result: self.inbox.put(Compiled(message.request_id, result)))
+
+    def _take_compiled(self, compiled: Compiled) -> None:
+        waiting = self._compiling.pop(compiled.request_id, None)
+        if waiting is None:
+            return
+        if isinstance(compiled.matcher, GrammarError):
+            self.scheduler.refuse(compiled.request_id, str(compiled.matcher))
+        else:
+            self._add(*waiting, compiled.matcher)
+
+    def _add(self, message: AddRequest, keys: PageKeys | None, matcher: GrammarMatcher | None = None) -> None:
         self._num_requests += 1
         try:
             request = Request(
@@ -150,7 +195,18 @@ class EngineCore:
             self.scheduler.refuse(message.request_id, "The engine could not read this request.")
         else:
             request.keys = keys
+            if matcher is not None:
+                self.scheduler.grammars.add(request.request_id, matcher)
             self.scheduler.add(request)
+
+    def _stats(self) -> EngineStats:
+        return self._with_grammars(self.scheduler.stats())
+
+    def _with_grammars(self, stats: EngineStats) -> EngineStats:
+        num_grammars = len(self.scheduler.grammars) + len(self._compiling)
+        return msgspec.structs.replace(
+            stats, num_grammars=num_grammars, grammar_bytes=self._grammars.used_bytes + COPY_BYTES * num_grammars
+        )
 
     def _execute(self, plan: StepPlan) -> StepResult:
         if not plan.scheduled and not plan.finished:
@@ -182,5 +238,6 @@ def engine_info(executor: Executor, *, load_seconds: float = 0.0) -> EngineInfo:
         numerics=config.numerics,
         pid=os.getpid(),
         enable_prefix_cache=config.enable_prefix_cache,
+        is_preview=executor.model.is_preview,
         load_seconds=load_seconds,
     )

@@ -22,6 +22,17 @@ def unpack_ids(raw: bytes) -> np.ndarray:
     return np.frombuffer(raw, dtype="<i4")
 
 
+class ForcedToken(msgspec.Struct, frozen=True, kw_only=True):
+    """A token that must come next once `after` tokens were generated, unless it or one of `unless` is among them.
+
+    The bound on an answer's reasoning: the token that ends reasoning, after so many tokens.
+    """
+
+    token_id: int
+    after: int
+    unless: tuple[int, ...] = ()
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How one request picks tokens. Ranges are checked once, in the server's validator."""
 
@@ -44,6 +55,26 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None
     """None: none. n: the sampled token's log probability and those of the n likeliest tokens."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first. All of the prompt is computed then, cached or not."""
+    allowed_token_ids: bytes | None = None
+    """None: all. Packed ids, at least one: no other token can be sampled, EOS included."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of ids that the output never contains: a token that would complete one cannot be sampled."""
+    forced_token: ForcedToken | None = None
+    """Stronger than everything above."""
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What an answer may be. Checked by the server: it compiles within the engine's limits and can be satisfied."""
+
+    text: str
+    """In the grammar library's own form; empty: any text, without tokens of the added vocabulary."""
+    after: int | None = None
+    """The token behind which the text begins; before it any ordinary token may stand, and the answer cannot end.
+    None: it begins with the first token."""
+    markers: tuple[int, ...] = ()
+    """Tokens of the added vocabulary that the text may use, whatever it says. The end of sequence is always one."""
 
 
 class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
@@ -61,6 +92,7 @@ class AddRequest(msgspec.Struct, frozen=True, kw_only=True, tag="add"):
     trace_id: str | None = None
     tenant: str = ""
     """Whose share of the machine this is: the server's name of the API key, never the key."""
+    grammar: Grammar | None = None
     snapshot_positions: bytes = b""
     """Positions (packed, ascending, within the prompt) at which a chunk must end so that a snapshot can be taken."""
 
@@ -98,6 +130,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
     numerics: str
     pid: int
     enable_prefix_cache: bool = False
+    is_preview: bool = False
+    """Weights of the preview, as far as the configuration shows: their prompts state efforts in other words."""
     load_seconds: float = 0.0
 
 
@@ -107,10 +141,25 @@ class LogprobRow(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...]
 
 
+class PromptLogprobColumns(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities of the prompt's tokens 1 .. N, each given all before it; little-endian bytes."""
+
+    num_top: int
+    logprobs: bytes
+    """float32 [N]."""
+    ranks: bytes
+    """int32 [N]; 1: no token was likelier."""
+    top_ids: bytes
+    """int32 [N, num_top]: the likeliest tokens, best first."""
+    top_logprobs: bytes
+    """float32 [N, num_top]."""
+
+
 class RequestError(msgspec.Struct, frozen=True, array_like=True):
     """Why a request ended with finish "error"; the message is one sentence that a client may read."""
 
-    code: Literal["deadline_exceeded", "too_large", "internal"]
+    code: Literal["deadline_exceeded", "too_large", "no_token_left", "internal"]
+    """no_token_left: what the request excludes leaves no token to choose."""
     message: str
 
 
@@ -162,6 +211,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Prompt tokens of started requests that were cached, and"""
     queried_tokens: int = 0
     """all of them; totals since start."""
+    num_grammars: int = 0
+    """Requests that follow one, those that wait for it to be compiled included."""
+    grammar_bytes: int = 0
+    """Compiled grammars and the places of requests in them; an estimate."""
     miss_counts: dict[str, int] = {}
     """Started requests by why no more was cached ("none": all that could be expected was); totals since start."""
 
@@ -184,6 +237,8 @@ class StepOutputs(msgspec.Struct, frozen=True, kw_only=True, tag="outputs"):
     stats: EngineStats
     miss_reasons: tuple[str | None, ...] = ()
     """Why no more of the prompt was cached; None when all that could be expected was, or nothing has started."""
+    prompt_logprobs: dict[str, PromptLogprobColumns] = {}
+    """By request id, beside the first token of those that asked."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag="heartbeat"):

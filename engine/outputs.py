@@ -3,8 +3,17 @@
 from collections.abc import Iterator, Sequence
 
 from engine.client import RequestOutput
-from engine.messages import EngineStats, FinishReason, LogprobRow, RequestError, StepOutputs, pack_ids, unpack_ids
-from engine.plan import TokenLogprobs
+from engine.messages import (
+    EngineStats,
+    FinishReason,
+    LogprobRow,
+    PromptLogprobColumns,
+    RequestError,
+    StepOutputs,
+    pack_ids,
+    unpack_ids,
+)
+from engine.plan import PromptLogprobs, TokenLogprobs
 from engine.request import Request
 
 
@@ -22,6 +31,7 @@ class OutputColumns:
         self._errors: list[RequestError | None] = []
         self._queued_seconds: list[float] = []
         self._miss_reasons: list[str | None] = []
+        self._prompt_logprobs: dict[str, PromptLogprobColumns] = {}
 
     def __len__(self) -> int:
         return len(self._request_ids)
@@ -41,9 +51,13 @@ class OutputColumns:
             miss_reason="cold" if request.miss_reason == "salt" else request.miss_reason,
         )
 
-    def refuse(self, request_id: str, error: RequestError) -> None:
-        """A row for a request that never came to be."""
-        self._append(request_id, (), finish="error", error=error)
+    def add_prompt_logprobs(self, request_id: str, chunks: Sequence[PromptLogprobs]) -> None:
+        """Beside the row of the request's first token; `chunks` cover its prompt in order."""
+        self._prompt_logprobs[request_id] = _columns(chunks)
+
+    def refuse(self, request_id: str, error: RequestError | None) -> None:
+        """A row for a request that never came to be; without an error it was aborted."""
+        self._append(request_id, (), finish="abort" if error is None else "error", error=error)
 
     def _append(
         self,
@@ -82,6 +96,7 @@ class OutputColumns:
             queued_seconds=tuple(self._queued_seconds),
             stats=stats,
             miss_reasons=tuple(self._miss_reasons),
+            prompt_logprobs=self._prompt_logprobs,
         )
 
 
@@ -98,6 +113,7 @@ def split(outputs: StepOutputs) -> Iterator[tuple[str, RequestOutput]]:
                 cached_tokens=outputs.cached_tokens[i],
                 miss_reason=outputs.miss_reasons[i] if outputs.miss_reasons else None,
                 logprobs=outputs.logprobs[i],
+                prompt_logprobs=outputs.prompt_logprobs.get(request_id),
                 error=outputs.errors[i],
                 queued_seconds=outputs.queued_seconds[i],
             ),
@@ -106,3 +122,16 @@ def split(outputs: StepOutputs) -> Iterator[tuple[str, RequestOutput]]:
 
 def _row(logprobs: TokenLogprobs) -> LogprobRow:
     return LogprobRow(logprobs.logprob, logprobs.top_ids, logprobs.top_logprobs)
+
+
+def _columns(chunks: Sequence[PromptLogprobs]) -> PromptLogprobColumns:
+    def packed(column: str, dtype: str) -> bytes:
+        return b"".join(getattr(chunk, column).astype(dtype).tobytes() for chunk in chunks)
+
+    return PromptLogprobColumns(
+        num_top=chunks[0].top_ids_NK.shape[1] if chunks else 0,
+        logprobs=packed("logprobs_N", "<f4"),
+        ranks=packed("ranks_N", "<i4"),
+        top_ids=packed("top_ids_NK", "<i4"),
+        top_logprobs=packed("top_logprobs_NK", "<f4"),
+    )

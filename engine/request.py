@@ -10,6 +10,7 @@ from engine.kv.hashing import PageKeys
 from engine.kv.resume import MissReason
 from engine.kv.snapshot_store import SnapshotKind
 from engine.messages import AddRequest, FinishReason, RequestError, SamplingParams, unpack_ids
+from engine.plan import PromptLogprobs
 from engine.policy import ServiceClass
 
 
@@ -53,6 +54,7 @@ class Request:
         "order",
         "prefill_seconds",
         "priority",
+        "prompt_logprobs",
         "request_id",
         "sampling",
         "service",
@@ -96,6 +98,8 @@ class Request:
         """Tokens of the prompt that were not computed when the request first started."""
         self.keys: PageKeys | None = None
         """None: nothing of the request is looked up or cached."""
+        self.prompt_logprobs: list[PromptLogprobs] | None = None if sampling.prompt_logprobs is None else []
+        """Chunks that cover the computed part of the prompt; None when they are not wanted (any more)."""
         self.miss_reason: MissReason | None = None
         """Why no more was cached, from the first start on."""
         self.stops: dict[int, SnapshotKind] = dict.fromkeys(self.snapshot_positions, "prompt_end")
@@ -144,6 +148,18 @@ class Request:
         return min((position for position in self.stops if position > start), default=self.num_tokens)
 
     @property
+    def sampling_due(self) -> SamplingParams:
+        """What is left to do: log probabilities of the prompt that have been delivered are not computed again."""
+        if self.prompt_logprobs is None and self.sampling.prompt_logprobs is not None:
+            return msgspec.structs.replace(self.sampling, prompt_logprobs=None)
+        return self.sampling
+
+    @property
+    def lookup_keys(self) -> PageKeys | None:
+        """Names of the pages that may be taken from the cache; None: nothing may, every row must be computed."""
+        return self.keys if self.prompt_logprobs is None else None
+
+    @property
     def slot(self) -> int | None:
         return None if self.grant is None else self.grant.slot
 
@@ -163,6 +179,8 @@ class Request:
         self.num_computed_tokens = 0
         self.bypassed_seconds = 0.0
         self.num_preemptions += 1
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs.clear()
 
     def append(self, token_id: int) -> None:
         if self.num_tokens == len(self._tokens):
@@ -185,6 +203,21 @@ def _check(message: AddRequest, vocab_size: int) -> None:
         raise InvalidRequestError(f"prompt token ids must be in 0..{vocab_size - 1}")
     if any(not 0 <= i < vocab_size for i in (*sampling.stop_token_ids, *sampling.logit_bias)):
         raise InvalidRequestError(f"stop and bias token ids must be in 0..{vocab_size - 1}")
+    ids = [i for word in sampling.bad_words for i in word]
+    if sampling.forced_token is not None:
+        ids += (sampling.forced_token.token_id, *sampling.forced_token.unless)
+    if any(not 0 <= i < vocab_size for i in ids):
+        raise InvalidRequestError(f"bad word and forced token ids must be in 0..{vocab_size - 1}")
+    if not all(sampling.bad_words):
+        raise InvalidRequestError("a bad word must hold at least one token")
+    if sampling.allowed_token_ids is not None:
+        if len(sampling.allowed_token_ids) % 4 or not sampling.allowed_token_ids:
+            raise InvalidRequestError("allowed token ids must be at least one, four bytes each")
+        allowed = unpack_ids(sampling.allowed_token_ids)
+        if int(allowed.min()) < 0 or int(allowed.max()) >= vocab_size:
+            raise InvalidRequestError(f"allowed token ids must be in 0..{vocab_size - 1}")
+    if any(n is not None and n < 0 for n in (sampling.logprobs, sampling.prompt_logprobs)):
+        raise InvalidRequestError("numbers of log probabilities must be at least 0")
     if sampling.max_tokens < 1 or sampling.min_tokens < 0:
         raise InvalidRequestError("max_tokens must be at least 1 and min_tokens at least 0")
     if len(message.snapshot_positions) % 4:

@@ -21,12 +21,13 @@ from engine.budget import StepBudget
 from engine.config import ResolvedConfig
 from engine.cost_model import CostModel, StepFeatures, cost_prior
 from engine.fairness import FavouredShare, TenantClock
+from engine.grammar.active import ActiveGrammars
 from engine.kv.grant import Moves, Shortage
 from engine.kv.hashing import PageHasher, PageKeys
 from engine.kv.manager import KVManager
 from engine.messages import EngineStats, FinishReason, RequestError, StepOutputs
 from engine.outputs import OutputColumns
-from engine.plan import StepPlan, StepResult, TokenLogprobs
+from engine.plan import NOTHING_LEFT, StepPlan, StepResult, TokenLogprobs
 from engine.request import Request, RequestStatus
 from engine.resume_costs import CopyAndComputeCosts
 from engine.stats import DrainMeter, Totals
@@ -59,6 +60,8 @@ class Scheduler:
         if config.enable_prefix_cache:
             self.hasher = PageHasher(secrets.token_bytes(32), _model_epoch(config), layout.page_tokens)
         self.totals = Totals()
+        self.grammars = ActiveGrammars()
+        """Of `requests`; a matcher is added with its request."""
         self.requests: dict[str, Request] = {}
         """Queued and running, by id."""
         self._eos_token_id = eos_token_id
@@ -108,9 +111,9 @@ class Scheduler:
         if excess is not None:
             self._finish(request, "error", error=RequestError("too_large", excess))
 
-    def refuse(self, request_id: str, message: str) -> None:
-        """Answer a request that could not be taken in."""
-        self._news.refuse(request_id, RequestError("internal", message))
+    def refuse(self, request_id: str, message: str | None) -> None:
+        """Answer a request that could not be taken in; without a message it was aborted first."""
+        self._news.refuse(request_id, None if message is None else RequestError("internal", message))
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it stands. Unknown and finished ids are ignored."""
@@ -158,6 +161,7 @@ class Scheduler:
             slot_restores=tuple(moves.slot_restores),
             replays=tuple(moves.replays),
             slot_snapshots=tuple(moves.slot_snapshots),
+            masks=self.grammars.fill([row.request_id for row in step.rows if row.samples]),
         )
         self._forget.clear()
         self._in_flight = plan
@@ -173,6 +177,10 @@ class Scheduler:
         moves, self._moves = self._moves, Moves()
         self.kv.settle(set(result.failed), moves if result.lost else None)
         awaited = self._commit_rows(plan, set(result.failed), now)
+        for request_id, chunk in result.prompt_logprobs.items():
+            computed = self.requests.get(request_id)
+            if computed is not None and computed.prompt_logprobs is not None:
+                computed.prompt_logprobs.append(chunk)
         for request_id, token_id, logprobs in zip(result.request_ids, result.token_ids, result.logprobs, strict=True):
             request = awaited.pop(request_id, None)
             if request is None or request_id in result.failed:
@@ -184,7 +192,8 @@ class Scheduler:
             self._fail(request_id, why)
         for request_id in awaited:
             self._fail(request_id, "the step returned no token")
-        if plan.scheduled and result.seconds > 0.0 and not plan.replays:
+        # Neither replays nor the head over whole prompts are what the model of costs knows.
+        if plan.scheduled and result.seconds > 0.0 and not plan.replays and not result.prompt_logprobs:
             self._learn(plan.num_tokens, result.seconds)
         self._release_fenced(now)
         if result.lost:
@@ -220,6 +229,7 @@ class Scheduler:
         queued = {r.request_id for r in waiting}
         assert not queued & set(self._running), "a request is in two queues"
         assert queued | set(self._running) == set(self.requests), "a request is in no queue"
+        assert self.grammars.request_ids <= set(self.requests), "a grammar of nobody"
         assert len(waiting) == len(self._admission.waiting) == len(queued), "the waiting are miscounted"
         assert all(r.grant is None and r.status is RequestStatus.QUEUED for r in waiting)
         self._tenants.check(dict(Counter(r.tenant for r in self.requests.values())))
@@ -237,7 +247,7 @@ class Scheduler:
         scheduling = self.config.scheduling
         if request.keys is not None:
             request.keys.extend(request.token_ids)
-        request.prefill_seconds = self.kv.probe(request.keys, request.token_ids).est_seconds
+        request.prefill_seconds = self.kv.probe(request.lookup_keys, request.token_ids).est_seconds
         answer = self._admission.outputs.quantile(request.service, request.tenant, policy.EXPECTED_QUANTILE)
         num_left = min(
             policy.UNKNOWN_ANSWER if answer is None else answer, request.sampling.max_tokens - request.num_output_tokens
@@ -349,6 +359,12 @@ class Scheduler:
     def _commit_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request.append(token_id)
         self.totals.generation_tokens += 1
+        if request.prompt_logprobs is not None:
+            self._news.add_prompt_logprobs(request.request_id, request.prompt_logprobs)
+            request.prompt_logprobs = None
+        if not self.grammars.advance(request.request_id, token_id):
+            self._fail(request.request_id, "a token outside the grammar")
+            return
         reason = self._stop_reason(request, token_id)
         if reason is None:
             self._news.add(request, (token_id,), logprobs)
@@ -365,6 +381,9 @@ class Scheduler:
         sampling = request.sampling
         stops = (token_id == self._eos_token_id and not sampling.ignore_eos) or token_id in sampling.stop_token_ids
         if stops and request.num_output_tokens > sampling.min_tokens:
+            return "stop"
+        # Where nothing can follow, the grammar ends the answer whatever ignore_eos and min_tokens say.
+        if self.grammars.has_ended(request.request_id):
             return "stop"
         if request.num_output_tokens >= sampling.max_tokens or request.num_tokens >= self.config.max_model_len:
             return "length"
@@ -387,9 +406,13 @@ class Scheduler:
     def _fail(self, request_id: str, why: str) -> None:
         request = self.requests.get(request_id)
         if request is not None:
-            logger.error("request %s failed: %s", request_id, why)
-            message = "The engine could not compute this request."
-            self._finish(request, "error", error=RequestError("internal", message))
+            if why == NOTHING_LEFT:
+                error = RequestError("no_token_left", "What this request excludes leaves no token to choose.")
+            else:
+                logger.error("request %s failed: %s", request_id, why)
+                complaint = self.grammars.complaint(request_id) or "The engine could not compute this request."
+                error = RequestError("internal", complaint)
+            self._finish(request, "error", error=error)
 
     def _finish(
         self,
@@ -410,6 +433,7 @@ class Scheduler:
             self._fenced.append(request)
             request.settled = request.last_step_id <= self._committed_step_id and reason != "error"
         del self.requests[request.request_id]
+        self.grammars.remove(request.request_id)
         self._tenants.leave(request.tenant)
         if reason in ("stop", "length"):
             self._admission.outputs.observe(request.service, request.tenant, request.num_output_tokens)

@@ -239,7 +239,7 @@ class StepBuilder:
         """The way into a waiting request as memory stands."""
         plan = self._plans.get(request.request_id)
         if plan is None:
-            plan = self._plans[request.request_id] = self._kv.probe(request.keys, request.token_ids)
+            plan = self._plans[request.request_id] = self._kv.probe(request.lookup_keys, request.token_ids)
         return plan
 
     def _start(self, request: Request, num_rows: int) -> bool:
@@ -272,7 +272,7 @@ class StepBuilder:
                 slot=grant.slot,
                 token_ids=request.token_ids,
                 num_prompt_tokens=request.num_prompt_tokens,
-                sampling=request.sampling,
+                sampling=request.sampling_due,
                 num_computed_tokens=resume_at,
             )
         )
@@ -282,9 +282,9 @@ class StepBuilder:
         """Let a starting request go on at a position, and settle where it leaves snapshots."""
         if request.first_scheduled_time is None:
             request.num_cached_tokens = resume_at
-            request.miss_reason = plan.miss if request.keys is not None else None
             if request.keys is not None:
-                self._totals.count_start(num_tokens=request.num_tokens, num_cached=resume_at, miss=plan.miss)
+                request.miss_reason = plan.miss if request.prompt_logprobs is None else "prompt_logprobs"
+                self._totals.count_start(num_tokens=request.num_tokens, num_cached=resume_at, miss=request.miss_reason)
         elif resume_at:
             self._totals.num_wakes += 1
         request.num_computed_tokens = resume_at

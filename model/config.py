@@ -15,6 +15,8 @@ LayerKind = Literal["window", "csa", "hca"]
 
 CSA_RATIO = 4
 HCA_RATIO = 128
+_OFFICIAL_SHAPES = ((43, 4096), (61, 7168))
+"""Layers and width of Flash and Pro."""
 _KIND_BY_RATIO: dict[int, LayerKind] = {0: "window", CSA_RATIO: "csa", HCA_RATIO: "hca"}
 _KIND_BY_LAYER_TYPE: dict[str, LayerKind] = {
     "sliding_attention": "window",
@@ -85,6 +87,11 @@ class ModelConfig:
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         return tuple(_KIND_BY_RATIO[ratio] for ratio in self.compress_ratios)
+
+    @property
+    def is_preview(self) -> bool:
+        """Flash or Pro in whole with the MTP layer that later releases replaced: the weights of April 2026."""
+        return self.draft_kind == "mtp" and (self.num_hidden_layers, self.hidden_size) in _OFFICIAL_SHAPES
 
     @property
     def nope_head_dim(self) -> int:

@@ -1,31 +1,66 @@
 """The ASGI application: routes behind the guard, and every error in one JSON shape."""
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from server.errors import ApiError, internal
+from server.compat import in_dialect
+from server.errors import ApiError, from_validation, internal
 from server.middleware import Guard
-from server.routes import chat, completions, models, ops, tokens
+from server.routes import batches, chat, completions, files, messages, models, ops, render, responses, tokens
 from server.state import ServerState
+
+_PREFLIGHT_SECONDS = 600
 
 
 def create_app(state: ServerState) -> ASGIApp:
     """The whole HTTP side of one server."""
+    routes = frozenset(route.path for router in _routers(state) for route in router.routes if isinstance(route, Route))
+    guard = Guard(create_routes(state), config=state.config, keys=state.keys, metrics=state.metrics, routes=routes)
+    if not state.config.cors_origins:
+        return guard
+    # Outside the guard: a browser asks for permission without a key.
+    return CORSMiddleware(
+        guard,
+        allow_origins=state.config.cors_origins,
+        allow_methods=("GET", "HEAD", "POST", "DELETE"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", "retry-after"),
+        max_age=_PREFLIGHT_SECONDS,
+    )
+
+
+def create_routes(state: ServerState) -> FastAPI:
+    """The routes alone. Whoever calls them without the guard sets `scope["fathom"]`."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.fathom = state
-    for module in (chat, completions, models, tokens, ops):
-        app.include_router(module.router)
+    for router in _routers(state):
+        app.include_router(router)
     app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
-    return Guard(app, config=state.config, keys=state.keys, metrics=state.metrics)
+    return app
+
+
+def _routers(state: ServerState) -> list[APIRouter]:
+    modules = (chat, completions, responses, messages, models, files, batches, tokens, render, ops)
+    return [module.router for module in modules]
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return in_dialect(error, request.app.state.fathom.config.api_compat).response(request.url.path)
+
+
+async def _validation_error(request: Request, error: Exception) -> Response:
+    """Parameters of the path and of the query; bodies are read by the routes."""
+    assert isinstance(error, RequestValidationError)
+    return from_validation([{**found, "loc": found["loc"][1:]} for found in error.errors()]).response()
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -38,9 +73,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     else:
         found = ApiError(error.status_code, "The request was refused.", code="refused")
     found.headers.update(error.headers or {})
-    return found.response()
+    return found.response(request.url.path)
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
     # The guard logs where it happened: Starlette raises the error again after this answer.
-    return internal().response()
+    return internal().response(request.url.path)

@@ -9,7 +9,7 @@ from pathlib import Path
 from server.config import ServerConfigError
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready"})
-"""Exact paths that need no key."""
+"""Exact paths that need no key, after other spellings of them (server.aliases) have been replaced."""
 
 ANONYMOUS = "anonymous"
 SHORTEST_KEY = 8

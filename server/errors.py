@@ -1,6 +1,7 @@
-"""Errors that a client sees: one shape for every route, bounded in size, with nothing internal in it.
+"""Errors that a client sees: one shape for every route of an API, bounded in size, with nothing internal in it.
 
 {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+{"type": "error", "error": {"type": ..., "message": ...}}    (the Messages API)
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,8 +49,35 @@ class ApiError(Exception):
             {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
         )
 
-    def response(self) -> Response:
-        return Response(self.body(), self.status, self.headers, media_type="application/json")
+    def anthropic_body(self) -> bytes:
+        """The JSON error object of the Messages API."""
+        message = self.message
+        if self.code == "context_length_exceeded":
+            # Agents look for these words to shorten their conversation.
+            message = f"prompt is too long: {message}"
+        kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return msgspec.json.encode({"type": "error", "error": {"type": kind, "message": message}})
+
+    def response(self, path: str = "") -> Response:
+        """The answer in the shape of the API that `path` belongs to."""
+        body = self.anthropic_body() if speaks_anthropic(path) else self.body()
+        return Response(body, self.status, self.headers, media_type="application/json")
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def speaks_anthropic(path: str) -> bool:
+    """Whether clients of a path expect answers of the Messages API."""
+    return path.startswith("/anthropic/") or path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 def bad_request(message: str, *, param: str | None = None, code: str = "invalid_request_error") -> ApiError:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 _SIZE_SUFFIXES = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
-_SIZES = {"body_limit", "kv_cache_bytes", "host_cache_bytes"}
+_SIZES = {"body_limit", "file_quota", "kv_cache_bytes", "host_cache_bytes", "response_store_bytes"}
 
 C = TypeVar("C")
 

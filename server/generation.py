@@ -9,13 +9,22 @@ import msgspec
 import numpy as np
 
 from engine.client import EngineClient, EngineDeadError, RequestOutput
-from engine.messages import AddRequest, LogprobRow, RequestError, SamplingParams, pack_ids
-from server.text.parser import OutputParser
+from engine.messages import (
+    AddRequest,
+    Grammar,
+    LogprobRow,
+    PromptLogprobColumns,
+    RequestError,
+    SamplingParams,
+    pack_ids,
+)
+from server.text.calls import CallDelta as CallDelta
+from server.text.parser import Delta, OutputParser, StartsIn
 from server.text.stop import StopMatcher
 from server.text.tokenizer import Tokenizer
 
 ParseMode = Literal["chat", "raw"]
-FinalReason = Literal["stop", "length", "error"]
+FinalReason = Literal["stop", "length", "tool_calls", "error"]
 
 LEAST_LOGPROB = -9999.0
 """Stands for anything less likely, minus infinity too: JSON has no word for that."""
@@ -52,10 +61,14 @@ class TokenLogprob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerationEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """News of one answer. The last event of a stream has a finish reason and the usage."""
+    """News of one answer: reasoning goes before content, content before calls.
+
+    The last event of a stream has a finish reason and the usage.
+    """
 
     reasoning: str = ""
     content: str = ""
+    calls: tuple[CallDelta, ...] = ()
     token_ids: tuple[int, ...] = ()
     """All tokens of this step, also those whose text is still held back or never shown."""
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -64,6 +77,8 @@ class GenerationEvent(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     """The stop string or the stop token id that ended the answer; None for the end of sequence token."""
     usage: Usage | None = None
+    prompt_logprobs: PromptLogprobColumns | None = None
+    """Once, beside the first token, when they were asked for."""
     error: RequestError | None = None
     """Set with finish reason "error"."""
     queued_seconds: float = 0.0
@@ -82,29 +97,43 @@ class Generator:
         sampling: SamplingParams,
         *,
         parse: ParseMode = "chat",
-        starts_in: Literal["reasoning", "content"] = "content",
+        starts_in: StartsIn = "content",
         continues: bool = False,
+        tools: bool = False,
+        constrained: bool = False,
         stop: Sequence[str] = (),
         include_stop: bool = False,
         cache_salt: str = "",
+        grammar: Grammar | None = None,
         priority: int = 0,
         deadline: float | None = None,
         arrival_time: float = 0.0,
         trace_id: str | None = None,
         tenant: str = "",
+        skip_special: bool = True,
         snapshot_positions: Sequence[int] = (),
     ) -> AsyncGenerator[GenerationEvent, None]:
         """Generate; one event per engine output, the last one with `finish_reason` and `usage`.
 
         The request is submitted when the first event is asked for. Closing the iterator early aborts it.
-        parse "chat" splits reasoning from content (`starts_in` and `continues` come from the Prompt); "raw" makes all
-        of it content. `stop` strings end the answer before themselves (behind with `include_stop`); they are looked
-        for in content, not in reasoning, and not within the first `min_tokens` tokens. Failures of the request and of
-        the engine come as a last event with `error`; nothing is raised for them.
+        parse "chat" splits reasoning from content (`starts_in` and `continues` come from the Prompt) and, with `tools`,
+        both from tool calls, whose arguments are known to be JSON when the answer is `constrained`; "raw" makes all of
+        it content. `stop` strings end the answer before themselves (behind with `include_stop`); they are looked for in
+        content, not in reasoning or calls, and not within the first `min_tokens` tokens. An answer that stopped inside
+        an argument of a call ends with "length". Without `skip_special` BOS and its like are text too. Failures of the
+        request and of the engine come as a last event with `error`; nothing is raised for them.
         """
-        answer = _Answer(
-            OutputParser(self._tokenizer, starts_in=starts_in if parse == "chat" else "raw", continues=continues),
+        answer = Answer(
+            OutputParser(
+                self._tokenizer,
+                starts_in=starts_in if parse == "chat" else "raw",
+                continues=continues,
+                tools=tools,
+                streams_json=constrained,
+                skip_special=skip_special,
+            ),
             self._tokenizer,
+            hidden_ids=self._tokenizer.hidden_ids if skip_special else frozenset(),
             num_prompt_tokens=len(prompt_ids),
             sampling=sampling,
             stop=stop,
@@ -115,6 +144,7 @@ class Generator:
             request_id=uuid4().hex,
             prompt_token_ids=pack_ids(np.asarray(prompt_ids)),
             sampling=sampling,
+            grammar=grammar,
             priority=priority,
             deadline=deadline,
             cache_salt=cache_salt,
@@ -144,7 +174,7 @@ class Generator:
                 self._client.abort(request.request_id)
 
 
-class _Answer:
+class Answer:
     """Engine outputs of one request to events; no input or output of its own."""
 
     def __init__(
@@ -152,6 +182,7 @@ class _Answer:
         parser: OutputParser,
         tokenizer: Tokenizer,
         *,
+        hidden_ids: frozenset[int],
         num_prompt_tokens: int,
         sampling: SamplingParams,
         stop: Sequence[str],
@@ -160,6 +191,7 @@ class _Answer:
     ) -> None:
         self._parser = parser
         self._tokenizer = tokenizer
+        self._hidden_ids = hidden_ids
         self._num_prompt_tokens = num_prompt_tokens
         self._min_tokens = sampling.min_tokens
         self._matcher = StopMatcher(stop) if stop else None
@@ -168,6 +200,8 @@ class _Answer:
         self._num_tokens = 0
         self._cached_tokens = 0
         self._miss_reason: str | None = None
+        self._content_over = False
+        """A block of calls has begun."""
         self._logprobs = _LogprobQueue(tokenizer) if sampling.logprobs is not None else None
 
     def add(self, output: RequestOutput) -> GenerationEvent:
@@ -177,10 +211,9 @@ class _Answer:
         token_ids, visible = output.token_ids, output.token_ids
         if output.stop_token_id is not None and not self._include_stop:
             visible = visible[:-1]
-        reasoning, content = "", ""
         if self._matcher is None and self._logprobs is None:
             self._num_tokens += len(token_ids)
-            reasoning, content = self._parser.push(visible)
+            news = self._parser.push(visible)
         else:
             # One by one: what follows a stop string is no part of the answer, however many tokens came at once.
             pieces = []
@@ -191,16 +224,18 @@ class _Answer:
                     break
             else:
                 self._num_tokens += len(token_ids) - len(visible)
-            reasoning, content = "".join(p[0] for p in pieces), "".join(p[1] for p in pieces)
+            news = _joined(pieces)
         if output.finish_reason is None and not self._stopped:
             return GenerationEvent(
-                reasoning=reasoning,
-                content=content,
+                reasoning=news.reasoning,
+                content=news.content,
+                calls=news.calls,
                 token_ids=token_ids,
                 logprobs=self._logprobs.take() if self._logprobs is not None else (),
+                prompt_logprobs=output.prompt_logprobs,
                 queued_seconds=output.queued_seconds,
             )
-        return self._end(output, reasoning, content, token_ids)
+        return self._end(output, news, token_ids)
 
     def fail(self, error: RequestError) -> GenerationEvent:
         """The last event of a request that the engine gave up."""
@@ -210,29 +245,36 @@ class _Answer:
     def _stopped(self) -> bool:
         return self._matcher is not None and self._matcher.matched is not None
 
-    def _push_one(self, token_id: int, row: LogprobRow | None) -> tuple[str, str]:
+    def _push_one(self, token_id: int, row: LogprobRow | None) -> Delta:
         self._num_tokens += 1
-        hidden = token_id in self._tokenizer.hidden_ids or self._parser.is_marker(token_id)
+        parser = self._parser
+        hidden = parser.in_calls or token_id in self._hidden_ids or parser.is_marker(token_id)
         if self._logprobs is not None and row is not None and not hidden:
-            self._logprobs.add(token_id, row, reasoning=self._parser.in_reasoning)
-        reasoning, content = self._parser.push((token_id,))
-        return self._deliver(reasoning, content)
+            self._logprobs.add(token_id, row, reasoning=parser.in_reasoning)
+        return self._deliver(parser.push((token_id,)))
 
-    def _deliver(self, reasoning: str, content: str) -> tuple[str, str]:
+    def _deliver(self, news: Delta) -> Delta:
         """Content goes through the stop matcher; the log probabilities follow the text that comes out."""
-        parsed = content
+        content = news.content
         if self._matcher is not None and content and self._num_tokens > self._min_tokens:
             content = self._matcher.push(content)
             if self._matcher.matched is not None and self._include_stop:
                 content += self._matcher.matched
+        if self._parser.in_calls and not self._content_over:
+            # No more content comes: what could have been the beginning of a stop string is none.
+            self._content_over = True
+            if self._matcher is not None and not self._stopped:
+                content += self._matcher.flush()
         if self._logprobs is not None:
-            self._logprobs.move(reasoning=len(reasoning), content=len(parsed), delivered=len(content))
-        return reasoning, content
+            self._logprobs.move(reasoning=len(news.reasoning), content=len(news.content), delivered=len(content))
+            if self._content_over:
+                self._logprobs.drop_waiting()
+        return Delta(news.reasoning, content, () if self._stopped else news.calls)
 
-    def _end(self, output: RequestOutput, reasoning: str, content: str, token_ids: tuple[int, ...]) -> GenerationEvent:
+    def _end(self, output: RequestOutput, news: Delta, token_ids: tuple[int, ...]) -> GenerationEvent:
         if not self._stopped:
-            last = self._deliver(*self._parser.finish())
-            reasoning, content = reasoning + last[0], content + last[1]
+            news = _joined([news, self._deliver(self._parser.finish(cut=output.finish_reason != "stop"))])
+        content = news.content
         if not self._stopped:
             content += self._matcher.flush() if self._matcher is not None else ""
             if self._logprobs is not None:
@@ -246,17 +288,24 @@ class _Answer:
         elif output.finish_reason in ("stop", "length"):
             finish = output.finish_reason
             stop_reason = output.stop_token_id if output.stop_token_id != self._eos_token_id else None
+            if finish == "stop" and self._parser.incomplete:
+                # Only a stop token that the client asked for may stand in the middle of an argument.
+                finish = "length" if stop_reason is None else "stop"
+            elif finish == "stop" and self._parser.num_calls:
+                finish = "tool_calls"
         else:
             finish = "error"
             error = output.error or RequestError("internal", "The request was aborted.")
         return GenerationEvent(
-            reasoning=reasoning,
+            reasoning=news.reasoning,
             content=content,
+            calls=news.calls,
             token_ids=token_ids,
             logprobs=self._logprobs.take() if self._logprobs is not None else (),
             finish_reason=finish,
             stop_reason=stop_reason,
             usage=self._usage(),
+            prompt_logprobs=output.prompt_logprobs,
             error=error,
             queued_seconds=output.queued_seconds,
         )
@@ -269,6 +318,15 @@ class _Answer:
             cached_tokens=self._cached_tokens,
             miss_reason=self._miss_reason,
         )
+
+
+def _joined(pieces: Sequence[Delta]) -> Delta:
+    """What several pushes add, as one. Pieces of one call stay apart."""
+    return Delta(
+        "".join([p.reasoning for p in pieces]),
+        "".join([p.content for p in pieces]),
+        tuple(call for p in pieces for call in p.calls),
+    )
 
 
 class _LogprobQueue:
@@ -305,6 +363,9 @@ class _LogprobQueue:
         waiting = self._waiting
         while waiting and (waiting[0].reasoning or waiting[0].text_offset < self._num_delivered):
             self._released.append(waiting.popleft())
+
+    def drop_waiting(self) -> None:
+        self._waiting.clear()
 
     def release_all(self) -> None:
         self._released.extend(self._waiting)

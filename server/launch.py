@@ -20,8 +20,10 @@ from engine.client import EngineDeadError
 from engine.config import EngineConfig
 from engine.process import EngineHandle, start_engine
 from server import logs
-from server.app import create_app
-from server.auth import load_keys
+from server.app import create_app, create_routes
+from server.auth import KeyRing, load_keys
+from server.batches.database import Database
+from server.batches.runner import BatchRunner
 from server.config import VERSION, ServerConfig, ServerConfigError
 from server.connection import connection_class
 from server.limits import MOST_HEADER_BYTES
@@ -52,17 +54,25 @@ def serve(config: ServerConfig, make_engine_config: Callable[[], EngineConfig]) 
     listener = _listen(config.host, config.port)
     _raise_file_limit()
     try:
-        engine_config = make_engine_config()
-    except BaseException:
+        database = Database.open(config.data_dir)
+        try:
+            return _serve(config, keys, listener, database, make_engine_config())
+        finally:
+            database.close()
+    finally:
         listener.close()
-        raise
+
+
+def _serve(
+    config: ServerConfig, keys: KeyRing, listener: socket.socket, database: Database, engine_config: EngineConfig
+) -> int:
     model_name = config.served_model_name or Path(engine_config.model_dir).resolve().name
 
     async def run() -> int:
-        state = ServerState(config, keys, model_name)
+        state = ServerState(config, keys, model_name, database)
         return await _Process(state, engine_config, listener).run()
 
-    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(run())
 
 
@@ -114,6 +124,7 @@ class _Process:
             self._http.should_exit = True
             self._http.force_exit = self._stop_now.is_set()
             await asyncio.gather(http, return_exceptions=True)
+            await self._state.detach()
             if engine is not None:
                 await engine.stop(_ENGINE_EXIT_SECONDS)
 
@@ -134,6 +145,7 @@ class _Process:
             directory = Path(handle.client.info.model_dir)
             tokenizer = await asyncio.to_thread(Tokenizer.load, directory, handle.client.info.vocab_size)
             self._state.attach(handle.client, tokenizer)
+            self._state.serving().grammars.start()
         except BaseException:
             await handle.stop(0)
             raise
@@ -150,9 +162,14 @@ class _Process:
         stopped = asyncio.create_task(self._stop.wait())
         hurried = asyncio.create_task(self._stop_now.wait())
         idle = asyncio.create_task(asyncio.sleep(0))
+        lane = state.batch_lane()
+        batches = asyncio.create_task(BatchRunner(state, lane, create_routes(lane)).run())
         try:
             await asyncio.wait({died, stopped, http}, return_when=asyncio.FIRST_COMPLETED)
             state.admission.draining = True
+            # Lines of batches are not worth a longer stop: they run again after the next start.
+            batches.cancel()
+            await asyncio.gather(batches, return_exceptions=True)
             if stopped.done() and not died.done():
                 logs.server.info("draining %d requests", state.admission.in_flight)
                 idle = asyncio.create_task(state.admission.wait_idle())
@@ -167,7 +184,7 @@ class _Process:
             await self._settle(_LAST_WORDS_SECONDS)
             return 1 if died.done() or http.done() else 0
         finally:
-            for task in (died, stopped, hurried, idle):
+            for task in (died, stopped, hurried, idle, batches):
                 task.cancel()
 
     async def _engine_death(self, engine: EngineHandle) -> None:

@@ -18,11 +18,22 @@ MOST_INTEGER = 2**63 - 1
 
 MOST_PROMPTS = 128
 MOST_MESSAGES = 20_000
+MOST_CHOICES = 8
 MOST_STOPS = 16
 MOST_STOP_CHARS = 1024
 MOST_STOP_IDS = 128
 MOST_BIASES = 1024
+MOST_ALLOWED_IDS = 2**18
+MOST_BAD_WORDS = 128
 MOST_LOGPROBS = 20
+MOST_CHOICES = 8
+MOST_ANSWERS = 256
+"""Prompts times choices of one request."""
+MOST_PROMPT_LOGPROBS = 2**20
+"""Numbers in the log probabilities of all prompts of one request: tokens times (1 + likeliest tokens)."""
+MOST_IGNORED_NAMES = 16
+MOST_IGNORED_CHARS = 64
+"""Of unknown fields that a response header names, and of each name."""
 
 # Possessive quantifiers: a string is skipped in one pass, without a backtracking stack.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[{]|[\]}]', re.DOTALL)

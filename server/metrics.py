@@ -29,7 +29,7 @@ _LATENCY = (
 )
 _TOKENS = tuple(float(m * 10**e) for e in range(7) for m in (1, 2, 5))
 _LABELS = ("model_name", "engine")
-_FINISH_REASONS = ("stop", "length", "abort", "error")
+_FINISH_REASONS = ("stop", "length", "tool_calls", "abort", "error")
 
 _HISTOGRAMS = {
     "vllm:time_to_first_token_seconds": ("Seconds from arrival to the first token.", _TTFT),
@@ -49,12 +49,9 @@ _HISTOGRAMS = {
 class Metrics:
     """Everything `/metrics` shows. Labels never hold a client's text."""
 
-    def __init__(
-        self, model_name: str, engine: Callable[[], EngineClient | None], admission: Admission, routes: Iterable[str]
-    ) -> None:
+    def __init__(self, model_name: str, engine: Callable[[], EngineClient | None], admission: Admission) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(model_name, engine, admission))
-        self._routes = frozenset(routes)
         labels = (model_name, "0")
         self._histograms = {
             name: Histogram(name, text, _LABELS, buckets=buckets, registry=self.registry).labels(*labels)
@@ -72,6 +69,9 @@ class Metrics:
             "fathom_unknown_fields", "Request fields that were ignored as unknown.", registry=self.registry
         )
 
+        lines = Counter("fathom_batch_lines", "Lines of batches answered.", ("outcome",), registry=self.registry)
+        self.batch_lines = {outcome: lines.labels(outcome) for outcome in ("completed", "failed")}
+
     def observe(self, name: str, value: float) -> None:
         """Add to one of the `vllm:` histograms; `name` without the prefix."""
         self._histograms["vllm:" + name].observe(value)
@@ -79,9 +79,10 @@ class Metrics:
     def count_finish(self, reason: str) -> None:
         self._finished[reason].inc()
 
-    def count_response(self, path: str, status: int) -> None:
-        self._responses.labels(path if path in self._routes else "other", str(status)).inc()
-        if status in (429, 503) and path in self._routes and not path.startswith("/health"):
+    def count_response(self, route: str | None, status: int) -> None:
+        """`route` is the pattern of a path, never a client's text; None when no route took the request."""
+        self._responses.labels(route or "other", str(status)).inc()
+        if status in (429, 503) and route is not None and not route.startswith("/health"):
             self._rejections.labels(str(status)).inc()
 
     def render(self) -> bytes:
@@ -90,10 +91,16 @@ class Metrics:
 
 
 class RequestMeter:
-    """Times one request from its arrival; `finish` is idempotent, the first reason counts."""
+    """Times one request from its arrival; `finish` is idempotent, the first reason counts.
 
-    def __init__(self, metrics: Metrics, prompt_tokens: int, max_tokens: int, arrival: float) -> None:
+    One that is not `measured` counts, and its times do not: nobody waits for it.
+    """
+
+    def __init__(
+        self, metrics: Metrics, prompt_tokens: int, max_tokens: int, arrival: float, *, measured: bool = True
+    ) -> None:
         self._metrics = metrics
+        self._measured = measured
         self._prompt_tokens = prompt_tokens
         self._arrival = arrival
         self._first = self._last = 0.0
@@ -104,6 +111,9 @@ class RequestMeter:
 
     def tokens(self, count: int, queued_seconds: float) -> None:
         """`count` new tokens are there."""
+        if not self._measured:
+            self.num_tokens += count
+            return
         now = time.monotonic()
         if not self.num_tokens:
             self._first = now
@@ -121,9 +131,11 @@ class RequestMeter:
         now = time.monotonic()
         metrics = self._metrics
         metrics.count_finish(reason)
-        metrics.observe("e2e_request_latency_seconds", now - self._arrival)
         metrics.observe("request_prompt_tokens", self._prompt_tokens)
         metrics.observe("request_generation_tokens", self.num_tokens)
+        if not self._measured:
+            return
+        metrics.observe("e2e_request_latency_seconds", now - self._arrival)
         if self.num_tokens:
             started = self._arrival + self._queued_seconds
             metrics.observe("request_queue_time_seconds", self._queued_seconds)
@@ -204,6 +216,8 @@ class _EngineCollector(Collector):
         for reason, count in sorted(stats.miss_counts.items()):
             misses.add_metric((*self._labels, reason), count)
         yield misses
+        yield self._gauge("fathom_grammars", "Requests whose answer follows a grammar.", stats.num_grammars)
+        yield self._gauge("fathom_grammar_bytes", "Compiled grammars in the engine, about.", stats.grammar_bytes)
         yield self._counter("fathom_bypasses", "Starts past a request that did not fit.", stats.num_bypasses)
         yield self._counter(
             "fathom_recomputed_tokens", "Rows computed again after a preemption.", stats.num_recomputed_tokens

@@ -15,12 +15,15 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import limits, logs
+from server.aliases import Dialect, canonical
 from server.auth import ANONYMOUS, OPEN_PATHS, KeyRing
+from server.compat import in_dialect
 from server.config import ServerConfig
-from server.errors import ApiError, internal
+from server.errors import ApiError, internal, speaks_anthropic
 from server.metrics import Metrics
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_NOT_A_NAME = re.compile(r"[^A-Za-z0-9_.-]")
 _DISCARD_BYTES = 2**20
 _DISCARD_SECONDS = 1.0
 CLIENT_GONE = 499
@@ -33,10 +36,14 @@ class RequestContext:
 
     request_id: str
     key_id: str = ANONYMOUS
+    dialect: Dialect = "openai"
+    """Whose path the client asked: some details of DeepSeek's API differ from OpenAI's."""
     arrival: float = field(default_factory=time.monotonic)
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish_reason: str = "-"
+    ignored_fields: list[str] = field(default_factory=list)
+    """Members of the body that nobody defines: a client's own text."""
 
 
 def context_of(scope: Scope) -> RequestContext:
@@ -46,8 +53,12 @@ def context_of(scope: Scope) -> RequestContext:
 
 
 class Guard:
-    def __init__(self, app: ASGIApp, *, config: ServerConfig, keys: KeyRing, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, *, config: ServerConfig, keys: KeyRing, metrics: Metrics, routes: frozenset[str]
+    ) -> None:
+        """`routes` are the patterns of the paths that `app` knows."""
         self._app = app
+        self._routes = routes
         self._config = config
         self._keys = keys
         self._metrics = metrics
@@ -55,15 +66,29 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        context = RequestContext(request_id=_request_id(scope["headers"]))
+        asked: str = scope["path"]
+        path, dialect = canonical(asked)
+        if path != asked:
+            scope["path"], scope["raw_path"] = path, path.encode("utf-8", "surrogateescape")
+        context = RequestContext(request_id=_request_id(scope["headers"]), dialect=dialect)
         scope["fathom"] = context
+        is_head = scope["method"] == "HEAD"
+        if is_head:
+            scope["method"] = "GET"
         status = 0
 
         async def tracking_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", context.request_id.encode("ascii"))]
+                request_id = context.request_id.encode("ascii")
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                if speaks_anthropic(scope["path"]):
+                    message["headers"].append((b"request-id", request_id))
+                if context.ignored_fields:
+                    message["headers"].append((b"x-fathom-ignored-fields", _names(context.ignored_fields)))
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -71,13 +96,13 @@ class Guard:
             await self._app(scope, receive if body is None else _replay(body, receive), tracking_send)
         except ApiError as error:
             if not status:
-                await error.response()(scope, receive, tracking_send)
+                await in_dialect(error, self._config.api_compat).response(scope["path"])(scope, receive, tracking_send)
         except Exception as error:  # noqa: BLE001  the last boundary: a client gets an answer, the log gets the place
             logs.server.error("request %s failed: %s", context.request_id, logs.failure(error))
             if not status:
-                await internal().response()(scope, receive, tracking_send)
+                await internal().response(scope["path"])(scope, receive, tracking_send)
         finally:
-            self._note(scope, context, status or CLIENT_GONE)
+            self._note(scope, "HEAD" if is_head else scope["method"], asked, context, status or CLIENT_GONE)
 
     async def _pass(self, scope: Scope, receive: Receive, context: RequestContext) -> bytes | None:
         """Check the request and read its body; None where there is none to read."""
@@ -107,16 +132,17 @@ class Guard:
         except TimeoutError:
             raise ApiError(408, "The request body did not arrive in time.", code="request_timeout") from None
 
-    def _note(self, scope: Scope, context: RequestContext, status: int) -> None:
+    def _note(self, scope: Scope, method: str, asked: str, context: RequestContext, status: int) -> None:
         path: str = scope["path"]
-        self._metrics.count_response(path, status)
+        pattern: str | None = getattr(scope.get("route"), "path", None)
+        self._metrics.count_response(pattern or (path if path in self._routes else None), status)
         if path in OPEN_PATHS or (path == "/metrics" and status < 400):
             return  # Probes come every second and would bury the rest.
         logs.access.info(
             "%s %s %s %d %.0fms key=%s in=%d out=%d finish=%s",
             context.request_id,
-            logs.plain(scope["method"]),
-            logs.plain(path),
+            logs.plain(method),
+            logs.plain(asked),
             status,
             1000 * (time.monotonic() - context.arrival),
             context.key_id,
@@ -132,6 +158,14 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
         if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
             return value.decode("ascii")
     return "req-" + token_hex(16)
+
+
+def _names(fields: list[str]) -> bytes:
+    """Names for a header: letters, digits, `_`, `.` and `-`, bounded in number and length."""
+    shown = [_NOT_A_NAME.sub("?", name[: limits.MOST_IGNORED_CHARS]) for name in fields[: limits.MOST_IGNORED_NAMES]]
+    if len(fields) > limits.MOST_IGNORED_NAMES:
+        shown.append("...")
+    return ", ".join(shown).encode("ascii")
 
 
 async def _read_body(headers: list[tuple[bytes, bytes]], receive: Receive, limit: int) -> bytes:

@@ -1,6 +1,7 @@
 """What the routes share: configuration, keys, admission, metrics and, once it is up, the engine."""
 
 import asyncio
+import copy
 import time
 from dataclasses import dataclass
 
@@ -8,19 +9,37 @@ from engine.client import EngineClient
 from engine.messages import EngineInfo
 from server.admission import Admission
 from server.auth import KeyRing
+from server.batches.database import Database
+from server.batches.files import Files
+from server.batches.store import Batches
 from server.config import ServerConfig
 from server.errors import ApiError, model_not_found, overloaded
 from server.generation import Generator
+from server.grammar.service import GrammarService
 from server.metrics import Metrics
+from server.protocol.responses_store import ResponseStore
+from server.text.effort import EffortTable, table_of
 from server.text.tokenizer import Tokenizer
+from server.turns import TurnMemory
 
-ROUTES = (
-    *("/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize"),
-    *("/health", "/health/live", "/health/ready", "/metrics", "/version"),
-)
 LOADING_RETRY_SECONDS = 5
 _TOKENS_BOUND = 2**20
 _CONTEXTS_BOUND = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lane:
+    """How much a request's waiting matters."""
+
+    priority: int = 0
+    """Added to what the client says, which is within 1000 of 0."""
+    queue_timeout: bool = True
+    """Requests that do not start in time are given up."""
+    measured: bool = True
+    """Waiting counts in the metrics of latency."""
+
+
+BATCH_LANE = Lane(priority=10_000, queue_timeout=False, measured=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +49,8 @@ class Serving:
     engine: EngineClient
     tokenizer: Tokenizer
     generator: Generator
+    grammars: GrammarService
+    effort_table: EffortTable = "release"
 
     @property
     def info(self) -> EngineInfo:
@@ -44,7 +65,7 @@ class Serving:
 class ServerState:
     """Made inside the event loop, one for each server."""
 
-    def __init__(self, config: ServerConfig, keys: KeyRing, model_name: str) -> None:
+    def __init__(self, config: ServerConfig, keys: KeyRing, model_name: str, database: Database | None = None) -> None:
         self.config = config
         self.keys = keys
         self.model_name = model_name
@@ -54,19 +75,43 @@ class ServerState:
             max_queued_tokens=config.max_queued_tokens,
             max_requests_per_key=config.max_requests_per_key,
         )
-        self.metrics = Metrics(
-            model_name, lambda: self._serving.engine if self._serving else None, self.admission, ROUTES
-        )
+        self.responses = ResponseStore(max_bytes=config.response_store_bytes, ttl=config.response_ttl)
+        self.metrics = Metrics(model_name, lambda: self._serving.engine if self._serving else None, self.admission)
         self.stopping: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when running requests must end now."""
         self._serving: Serving | None = None
+        self.lane = Lane()
+        self.turns = TurnMemory(config.replay_bytes)
+        self.database = database or Database.open(None)
+        self.files = Files(self.database, bytes_per_owner=config.file_bytes_per_key)
+        self.batches = Batches(self.database, bytes_per_owner=config.file_bytes_per_key)
+        self.batches_changed = asyncio.Event()
+        """Set when there may be something to do for the batches."""
+
+    def batch_lane(self) -> "ServerState":
+        """The same server for the lines of batches, once an engine is attached: everything is shared but the queue's
+        bounds, which the lines neither feel nor fill."""
+        lane = copy.copy(self)
+        lane.lane = BATCH_LANE
+        lane.admission = Admission(max_queued_requests=2**62)
+        return lane
 
     def attach(self, engine: EngineClient, tokenizer: Tokenizer) -> None:
         """Serve with this engine and the tokenizer of its model."""
-        self._serving = Serving(engine, tokenizer, Generator(engine, tokenizer))
+        table = self.config.effort_table
+        if table == "auto":
+            table = table_of(engine.info.model_dir, is_preview=engine.info.is_preview)
+        info = engine.info
+        grammars = GrammarService(info.model_dir, vocab_size=info.vocab_size, eos_token_id=info.eos_token_id)
+        self._serving = Serving(engine, tokenizer, Generator(engine, tokenizer), grammars, table)
         self.admission.drain_seconds = lambda: engine.stats.drain_seconds
         if self.admission.max_queued_tokens is None:
             self.admission.max_queued_tokens = max(_TOKENS_BOUND, _CONTEXTS_BOUND * engine.info.max_model_len)
+
+    async def detach(self) -> None:
+        """End what was started beside the engine."""
+        if self._serving is not None:
+            await self._serving.grammars.close()
 
     def serving(self) -> Serving:
         """Raises ApiError 503 while there is no engine to ask."""

@@ -16,7 +16,7 @@ from engine.kv.misses import Match
 from engine.kv.prefix_node import Node
 from engine.kv.snapshot_store import Snapshot, SnapshotStore
 
-MissReason = Literal["cold", "evicted", "salt", "diverged", "no_snapshot"]
+MissReason = Literal["cold", "evicted", "salt", "diverged", "no_snapshot", "prompt_logprobs"]
 
 
 class ResumeCosts(Protocol):

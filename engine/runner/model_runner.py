@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from engine.config import SAMPLER_ELEMENTS
-from engine.plan import StepPlan, StepResult, TokenLogprobs
+from engine.grammar.masks import TokenMasks
+from engine.plan import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
 from engine.runner.host_store import HostPages, SnapshotArena
 from engine.runner.inputs import StepInputs, build_inputs, rows_of
+from engine.runner.prompt_logprobs import prompt_logprobs
 from engine.runner.request_table import RequestTable
 from engine.runner.sampler import Sampled, SamplingBatch, sample
 from model.kv_cache import KVCache
@@ -108,34 +110,55 @@ class ModelRunner:
                 f"{rows.request_id}: row {rows.start}, but its slot stands at {self.table.num_computed_S[slot]}"
             )
             self.table.num_computed_S[slot] += rows.num_tokens
-        token_ids, logprobs, failed = self._sample(self._forward(inputs), inputs)
+        hidden_LD = self._forward(inputs)
+        if hidden_LD is None:
+            return StepResult(step_id=plan.step_id)
+        num_sampling = len(inputs.request_ids)
+        scores: dict[str, PromptLogprobs] = {}
+        unsound: dict[str, str] = {}
+        if inputs.prompt_rows:
+            scores, unsound = prompt_logprobs(
+                hidden_LD[num_sampling:], inputs.prompt_rows, self.model.logits, tile_rows=self._block_rows
+            )
+        token_ids, logprobs, failed = self._sample(hidden_LD[:num_sampling], inputs, plan.masks)
+        sampled = [i for i in inputs.request_ids if i not in failed]
+        sound = [n for n, request_id in enumerate(sampled) if request_id not in unsound]
         return StepResult(
             step_id=plan.step_id,
-            request_ids=tuple(i for i in inputs.request_ids if i not in failed),
-            token_ids=token_ids,
-            logprobs=logprobs,
-            failed=failed,
+            request_ids=tuple(sampled[n] for n in sound),
+            token_ids=tuple(token_ids[n] for n in sound),
+            logprobs=tuple(logprobs[n] for n in sound),
+            prompt_logprobs=scores,
+            failed=unsound | failed,
         )
 
+    @property
+    def _block_rows(self) -> int:
+        """Rows of logits that are computed at once, so that they never take more than a fixed workspace."""
+        return max(1, SAMPLER_ELEMENTS // self.model.config.vocab_size)
+
     def _forward(self, inputs: StepInputs) -> Tensor | None:
-        """Hidden states of the rows that sample; None when no row does (then the head is not computed)."""
-        if inputs.request_ids:
+        """Hidden states of the rows whose logits are wanted; None without any (then the head is not computed)."""
+        if len(inputs.batch.logits_index_L):
             hidden_LD: Tensor = self.model(inputs.batch, self.cache)
             return hidden_LD
         self.model.streams(inputs.batch, self.cache)
         return None
 
     def _sample(
-        self, hidden_LD: Tensor | None, inputs: StepInputs
+        self, hidden_LD: Tensor, inputs: StepInputs, masks: TokenMasks | None
     ) -> tuple[tuple[int, ...], tuple[TokenLogprobs | None, ...], dict[str, str]]:
         """Tokens and log probabilities of the rows that have one, and the requests that failed."""
-        if hidden_LD is None:
+        if not len(hidden_LD):
             return (), (), {}
         batch = self.table.sampling(inputs.slots_L)
+        unmasked: dict[int, str] = {}
+        if masks is not None:
+            batch, unmasked = self._masked(batch, inputs, masks)
         blocks = list(self._sample_blocks(hidden_LD, batch))
         token_ids_L = np.concatenate([block.token_ids_L for _, block in blocks])
         logprobs_L = [logprobs for _, block in blocks for logprobs in block.logprobs_L]
-        failed_rows = {first + row: why for first, block in blocks for row, why in block.failed.items()}
+        failed_rows = {first + row: why for first, block in blocks for row, why in block.failed.items()} | unmasked
         sound_L = np.array([row not in failed_rows for row in range(len(batch))])
         self.table.append_tokens(inputs.slots_L[sound_L], token_ids_L[sound_L])
         return (
@@ -145,11 +168,23 @@ class ModelRunner:
         )
 
     def _sample_blocks(self, hidden_LD: Tensor, batch: SamplingBatch) -> Iterator[tuple[int, Sampled]]:
-        """(first row, its block), so that logits never take more than a fixed workspace."""
-        size = max(1, SAMPLER_ELEMENTS // self.model.config.vocab_size)
+        """(first row, its block)."""
+        size = self._block_rows
         for first in range(0, len(batch), size):
             logits_LV = self.model.logits(hidden_LD[first : first + size])
             yield first, sample(logits_LV, batch.rows(first, first + size), self.table.counts)
+
+    def _masked(
+        self, batch: SamplingBatch, inputs: StepInputs, masks: TokenMasks
+    ) -> tuple[SamplingBatch, dict[int, str]]:
+        """The batch with its masks, which may still have to be waited for, and the rows whose grammar failed."""
+        mask_NW, failed = masks.wait()
+        places = {request_id: row for row, request_id in enumerate(inputs.request_ids)}
+        rows_N = np.array([places[request_id] for request_id in masks.request_ids], dtype=np.int64)
+        order_N = np.argsort(rows_N)
+        vocab_size, end = self.model.config.vocab_size, self.model.config.eos_token_id
+        masked = batch.masked(rows_N[order_N], mask_NW[order_N], vocab_size=vocab_size, end=end)
+        return masked, {int(rows_N[n]): f"no mask ({why})" for n, why in failed.items()}
 
     def _ids(self, ids: list[int]) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self.device)

@@ -20,6 +20,10 @@ class PenaltyCounts:
         self._cells_SV = torch.empty((num_slots, vocab_size), dtype=torch.int32, device=device)
 
     @property
+    def vocab_size(self) -> int:
+        return self._cells_SV.shape[1]
+
+    @property
     def allocated_bytes(self) -> int:
         return self._cells_SV.numel() * self._cells_SV.element_size()
 

@@ -6,7 +6,7 @@ appended, and the row is forgotten when a plan says so. Adding a request rewrite
 
 import numpy as np
 
-from engine.messages import SamplingParams
+from engine.messages import ForcedToken, SamplingParams, unpack_ids
 from engine.plan import NewRequest
 from engine.runner.penalties import PenaltyCounts
 from engine.runner.philox import uniform
@@ -45,6 +45,14 @@ class RequestTable:
         no_ids, no_values = np.empty(0, dtype=np.int64), np.empty(0)
         self._bias: list[tuple[np.ndarray, np.ndarray]] = [(no_ids, no_values)] * num_slots
         self._stop_ids: list[np.ndarray] = [no_ids] * num_slots
+        self._bad_words: list[dict[int, list[np.ndarray]]] = [{}] * num_slots
+        """Bad words by the token before their last one; -1: words of one token."""
+        self._allowed: list[np.ndarray | None] = [None] * num_slots
+        """Bits of the allowed tokens; None: all."""
+        self._forced: list[ForcedToken | None] = [None] * num_slots
+        """None too once its condition cannot come true any more."""
+        self.num_prompt_logprobs_S = np.full(num_slots, -1, dtype=np.int64)
+        """-1: none."""
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._slots
@@ -73,6 +81,8 @@ class RequestTable:
         self.page_ids_SP[slot] = 0
         self.num_pages_S[slot] = 0
         self._set_sampling(slot, sampling)
+        for token_id in new.token_ids[new.num_prompt_tokens :].tolist():
+            self._see(slot, token_id)
         if (self._penalties_3S[:, [slot]] != NO_PENALTIES).any():
             self.counts.start(slot, new.token_ids, new.num_prompt_tokens)
 
@@ -96,6 +106,23 @@ class RequestTable:
             np.fromiter(sampling.logit_bias.values(), dtype=np.float64),
         )
         self._stop_ids[slot] = np.array(sorted({self._eos_token_id, *sampling.stop_token_ids}), dtype=np.int64)
+        self.num_prompt_logprobs_S[slot] = -1 if sampling.prompt_logprobs is None else sampling.prompt_logprobs
+        words: dict[int, list[np.ndarray]] = {}
+        for word in sampling.bad_words:
+            words.setdefault(word[-2] if len(word) > 1 else -1, []).append(np.array(word, dtype=np.int32))
+        self._bad_words[slot] = words
+        self._forced[slot] = sampling.forced_token
+        self._allowed[slot] = None
+        if sampling.allowed_token_ids is not None:
+            allowed_V = np.zeros(self.counts.vocab_size, dtype=bool)
+            allowed_V[unpack_ids(sampling.allowed_token_ids)] = True
+            self._allowed[slot] = np.packbits(allowed_V, bitorder="little")
+
+    def _see(self, slot: int, token_id: int) -> None:
+        """A generated token may settle that no token is forced any more."""
+        forced = self._forced[slot]
+        if forced is not None and (token_id == forced.token_id or token_id in forced.unless):
+            self._forced[slot] = None
 
     def remove(self, request_id: str) -> None:
         """Forget a request; unknown ids are ignored (the only step they were planned for may have failed)."""
@@ -123,10 +150,16 @@ class RequestTable:
                 spare = np.empty(max(_SPARE_TOKENS, count // 4), dtype=np.int32)
                 self._tokens[slot] = np.concatenate([self._tokens[slot], spare])
             self._tokens[slot][count] = token_id
+            self._see(slot, token_id)
         self.num_tokens_S[slots_N] += 1
         counted = (self._penalties_3S[:, slots_N] != NO_PENALTIES).any(0)
         if counted.any():
             self.counts.add(slots_N[counted], token_ids_N[counted])
+
+    def num_prompt_tokens(self, slots_N: np.ndarray) -> np.ndarray:
+        """int64 [N]."""
+        lengths: np.ndarray = self._num_prompt_S[slots_N]
+        return lengths
 
     def token_ids(self, slot: int, start: int, stop: int) -> np.ndarray:
         """int32 view of tokens start .. stop, all of them known."""
@@ -138,11 +171,10 @@ class RequestTable:
         positions_L = self.num_tokens_S[slots_L]
         biases = [self._bias[slot] for slot in slots_L]
         young_L = positions_L - self._num_prompt_S[slots_L] < self._min_tokens_S[slots_L]
-        banned = [
-            self._stop_ids[slot] if young else self._stop_ids[slot][:0]
-            for slot, young in zip(slots_L, young_L, strict=True)
-        ]
+        banned = [self._banned(slot, young) for slot, young in zip(slots_L, young_L, strict=True)]
         rows_L = np.arange(len(slots_L))
+        allowed = [(row, bits) for row, slot in enumerate(slots_L) if (bits := self._allowed[slot]) is not None]
+        forced = [(row, token_id) for row, slot in enumerate(slots_L) if (token_id := self._due(slot)) is not None]
         return SamplingBatch(
             temperature_L=self._temperature_S[slots_L],
             top_k_L=self._top_k_S[slots_L],
@@ -157,4 +189,28 @@ class RequestTable:
             bias_values_N=np.concatenate([values for _, values in biases]),
             banned_rows_N=np.repeat(rows_L, [len(ids) for ids in banned]),
             banned_ids_N=np.concatenate(banned),
+            allowed_rows_N=np.array([row for row, _ in allowed], dtype=np.int64),
+            allowed_bits_NW=np.stack([bits for _, bits in allowed]) if allowed else np.empty((0, 0), dtype=np.uint8),
+            forced_rows_N=np.array([row for row, _ in forced], dtype=np.int64),
+            forced_ids_N=np.array([token_id for _, token_id in forced], dtype=np.int64),
         )
+
+    def _banned(self, slot: int, young: bool) -> np.ndarray:
+        """int64 ids that may not come next: stop ids while the answer is young, and what would complete a bad word."""
+        banned = self._stop_ids[slot] if young else self._stop_ids[slot][:0]
+        words = self._bad_words[slot]
+        if not words:
+            return banned
+        output = self._tokens[slot][self._num_prompt_S[slot] : self.num_tokens_S[slot]]
+        last = [word[-1] for word in words.get(-1, ())]
+        for word in words.get(int(output[-1]), ()) if len(output) else ():
+            if len(word) - 1 <= len(output) and (output[1 - len(word) :] == word[:-1]).all():
+                last.append(word[-1])
+        return np.concatenate([banned, np.array(last, dtype=np.int64)])
+
+    def _due(self, slot: int) -> int | None:
+        """The token that must come next, if there is one."""
+        forced = self._forced[slot]
+        if forced is None or self.num_tokens_S[slot] - self._num_prompt_S[slot] < forced.after:
+            return None
+        return forced.token_id

@@ -1,14 +1,15 @@
 """From logits to tokens, for the whole batch at once. A row's token depends on its logits, its parameters and its own
 random number: never on its neighbours.
 
-    raw logits -> logit_bias -> repetition, presence, frequency -> min_tokens mask
+    raw logits -> logit_bias -> repetition, presence, frequency -> only allowed tokens, no banned ones -> a forced token
                -> temperature 0: the likeliest token, else
                -> temperature -> top_k -> top_p -> min_p -> one draw from what is left
 
 Tokens stand in one order everywhere: higher logit first, ties by lower id. top_k, top_p and min_p each keep a prefix
 of that order, so the three together keep the shortest of the prefixes (top_p's mass is taken among top_k's tokens).
 The draw inverts the cumulative distribution over the prefix with one uniform number. Log probabilities are those of
-the model: log-softmax of the raw logits, before bias, penalties and temperature (as OpenAI reports them).
+the model: log-softmax of the raw logits, before bias, penalties, masks and temperature (as OpenAI reports them); under
+a grammar the likeliest tokens may be ones that could not be chosen.
 
 Letters: L rows, V vocabulary, K tokens of a prefix, N rows of a subset.
 """
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.plan import TokenLogprobs
+from engine.plan import NOTHING_LEFT, TokenLogprobs
 from engine.runner.penalties import PenaltyCounts
 
 GREEDY_TEMPERATURE = 1e-5
@@ -57,6 +58,13 @@ class SamplingBatch:
     banned_rows_N: np.ndarray
     """int64, ascending; each entry excludes one token."""
     banned_ids_N: np.ndarray
+    allowed_rows_N: np.ndarray
+    """int64, ascending; each of these rows chooses among the tokens whose bit is set in"""
+    allowed_bits_NW: np.ndarray
+    """uint8 [N, ceil(V / 8)], lowest bit first."""
+    forced_rows_N: np.ndarray
+    """int64, ascending; each of these rows gets the token of"""
+    forced_ids_N: np.ndarray
 
     def __len__(self) -> int:
         return len(self.temperature_L)
@@ -69,6 +77,8 @@ class SamplingBatch:
     def rows(self, start: int, stop: int) -> "SamplingBatch":
         bias = slice(*np.searchsorted(self.bias_rows_N, (start, stop)))
         banned = slice(*np.searchsorted(self.banned_rows_N, (start, stop)))
+        allowed = slice(*np.searchsorted(self.allowed_rows_N, (start, stop)))
+        forced = slice(*np.searchsorted(self.forced_rows_N, (start, stop)))
         return replace(
             self,
             temperature_L=self.temperature_L[start:stop],
@@ -84,6 +94,35 @@ class SamplingBatch:
             bias_values_N=self.bias_values_N[bias],
             banned_rows_N=self.banned_rows_N[banned] - start,
             banned_ids_N=self.banned_ids_N[banned],
+            allowed_rows_N=self.allowed_rows_N[allowed] - start,
+            allowed_bits_NW=self.allowed_bits_NW[allowed],
+            forced_rows_N=self.forced_rows_N[forced] - start,
+            forced_ids_N=self.forced_ids_N[forced],
+        )
+
+    def masked(self, rows_N: np.ndarray, mask_NW: np.ndarray, *, vocab_size: int, end: int) -> "SamplingBatch":
+        """The same rows with the masks of their grammars, int32 words (bit b of word w is token 32 w + b), on top of
+        the tokens that the request allows. `rows_N` ascends.
+
+        Where a mask allows the `end` token alone nothing else can follow, and neither min_tokens nor bad words exclude
+        it.
+        """
+        bits_NW = np.ascontiguousarray(mask_NW).view(np.uint8)[:, : (vocab_size + 7) // 8]
+        bits = {int(row): bits_W for row, bits_W in zip(self.allowed_rows_N, self.allowed_bits_NW, strict=True)}
+        ended = set()
+        for row, bits_W in zip(rows_N.tolist(), bits_NW, strict=True):
+            (used,) = np.nonzero(bits_W)
+            if used.tolist() == [end >> 3] and bits_W[end >> 3] == 1 << (end & 7):
+                ended.add(row)
+            bits[row] = bits_W & bits[row] if row in bits else bits_W
+        allowed_rows = sorted(bits)
+        kept_N = np.array([row not in ended for row in self.banned_rows_N.tolist()], dtype=bool)
+        return replace(
+            self,
+            allowed_rows_N=np.array(allowed_rows, dtype=np.int64),
+            allowed_bits_NW=np.stack([bits[row] for row in allowed_rows]),
+            banned_rows_N=self.banned_rows_N[kept_N],
+            banned_ids_N=self.banned_ids_N[kept_N],
         )
 
 
@@ -126,7 +165,7 @@ def sample(logits_LV: Tensor, batch: SamplingBatch, counts: PenaltyCounts) -> Sa
 
     failed = {int(row): "the model's output is not finite" for row in np.flatnonzero(sound == 0)}
     for row in np.flatnonzero((sound == 1) & (possible == 0)):
-        failed[int(row)] = "the sampling parameters leave no token to choose"
+        failed[int(row)] = NOTHING_LEFT
     return Sampled(token_ids_L=ids, logprobs_L=_logprobs(logits_LV, batch, ids, failed), failed=failed)
 
 
@@ -197,9 +236,10 @@ def _draw_parameters(batch: SamplingBatch, rows_N: np.ndarray, like: Tensor) -> 
 
 
 def _adjust(logits_LV: Tensor, batch: SamplingBatch, counts: PenaltyCounts) -> Tensor:
-    """Bias, penalties and mask; a new tensor if there is anything to change."""
+    """Bias, penalties and masks; a new tensor if there is anything to change."""
     penalized_N = np.flatnonzero(batch.penalized_L)
-    if not (len(batch.bias_rows_N) or len(penalized_N) or len(batch.banned_rows_N)):
+    changes = (batch.bias_rows_N, penalized_N, batch.banned_rows_N, batch.allowed_rows_N, batch.forced_rows_N)
+    if not any(len(rows_N) for rows_N in changes):
         return logits_LV
     adjusted_LV = logits_LV.clone()
     if len(batch.bias_rows_N):
@@ -213,7 +253,22 @@ def _adjust(logits_LV: Tensor, batch: SamplingBatch, counts: PenaltyCounts) -> T
     if len(batch.banned_rows_N):
         where = _to(np.stack([batch.banned_rows_N, batch.banned_ids_N]), logits_LV)
         adjusted_LV[where[0], where[1]] = float("-inf")
+    if len(batch.allowed_rows_N):
+        rows_N = _to(batch.allowed_rows_N, logits_LV)
+        adjusted_LV[rows_N] = only_allowed(adjusted_LV[rows_N], _to(batch.allowed_bits_NW, logits_LV))
+    if len(batch.forced_rows_N):
+        where = _to(np.stack([batch.forced_rows_N, batch.forced_ids_N]), logits_LV)
+        adjusted_LV[where[0]] = float("-inf")
+        # Any finite number: the raw one may have been banned, biased or masked away.
+        adjusted_LV[where[0], where[1]] = 0.0
     return adjusted_LV
+
+
+def only_allowed(logits_NV: Tensor, bits_NW: Tensor) -> Tensor:
+    """Logits with minus infinity where a token's bit is not set; bits are uint8 [N, ceil(V / 8)], lowest bit first."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits_NW.device)
+    allowed_NV = ((bits_NW.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, : logits_NV.shape[-1]]
+    return logits_NV.masked_fill(allowed_NV == 0, float("-inf"))
 
 
 def _logprobs(
@@ -240,18 +295,22 @@ def _logprobs(
 
 def _top(raw_NV: Tensor, log_probs_NV: Tensor, most: int) -> tuple[list[list[int]], list[list[float]]]:
     """Ids and log probabilities of the `most` likeliest tokens of each row."""
-    if most == 0:
-        empty_ids: list[list[int]] = [[] for _ in raw_NV]
-        empty: list[list[float]] = [[] for _ in raw_NV]
-        return empty_ids, empty
-    _, ids_NK, known_N = sorted_prefix(raw_NV, most + _TIE_ROOM)
-    ids_NK = ids_NK[:, :most]
-    tied_N = (known_N < most).nonzero().squeeze(-1)
-    if len(tied_N):
-        ids_NK[tied_N] = sorted_prefix(raw_NV[tied_N], raw_NV.shape[-1])[1][:, :most]
+    ids_NK = likeliest(raw_NV, most)
     ids: list[list[int]] = ids_NK.tolist()
     log_probs: list[list[float]] = log_probs_NV.gather(-1, ids_NK).tolist()
     return ids, log_probs
+
+
+def likeliest(x_NV: Tensor, count: int) -> Tensor:
+    """Ids [N, count] of the highest values of each row, best first, ties by lower id."""
+    if count == 0:
+        return torch.empty((len(x_NV), 0), dtype=torch.int64, device=x_NV.device)
+    _, ids_NK, known_N = sorted_prefix(x_NV, count + _TIE_ROOM)
+    ids_NK = ids_NK[:, :count]
+    tied_N = (known_N < count).nonzero().squeeze(-1)
+    if len(tied_N):
+        ids_NK[tied_N] = sorted_prefix(x_NV[tied_N], x_NV.shape[-1])[1][:, :count]
+    return ids_NK
 
 
 def _take(x_LV: Tensor, rows_N: np.ndarray) -> Tensor:

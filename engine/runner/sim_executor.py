@@ -1,9 +1,12 @@
 """An executor without a model: deterministic tokens, a cost model, and a check of every plan. Torch-free.
 
 A token is a hash of the request's whole history and its seed, so chunking, batching and neighbours cannot change it:
-equal requests get equal tokens under every budget. Every plan is compared with the executor's own record of requests,
-pages and slots: a page is the bytes of the tokens written to it, a slot and a snapshot are a hash of the whole history.
-A plan that would read or write the wrong memory on a device raises AssertionError here.
+equal requests get equal tokens under every budget. Under a grammar the hash picks one of the tokens that it allows; a
+script is taken at its word, and the engine ends the request where that leaves the grammar.
+
+Every plan is compared with the executor's own record of requests, pages and slots: a page is the bytes of the tokens
+written to it, a slot and a snapshot are a hash of the whole history. A plan that would read or write the wrong memory
+on a device raises AssertionError here.
 """
 
 import hashlib
@@ -16,7 +19,18 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import EngineConfig, MachineFacts, ResolvedConfig, resolve
-from engine.plan import NewRequest, ScheduledTokens, SlotSnapshot, StepPlan, StepResult, TokenLogprobs
+from engine.grammar.masks import TokenMasks
+from engine.messages import ForcedToken, unpack_ids
+from engine.plan import (
+    NOTHING_LEFT,
+    NewRequest,
+    PromptLogprobs,
+    ScheduledTokens,
+    SlotSnapshot,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
 from model.config import ModelConfig, load_config
 from model.kv_layout import PAGE_TOKENS
 from model.presets import preset
@@ -93,6 +107,10 @@ class _Record:
     def num_output(self) -> int:
         return self.num_tokens - self.new.num_prompt_tokens
 
+    @property
+    def output(self) -> list[int]:
+        return [*self.new.token_ids[self.new.num_prompt_tokens :].tolist(), *self.sampled]
+
     def raw_tokens(self, start: int, end: int) -> bytes:
         """Tokens [start, end) as int32 little-endian bytes."""
         known = len(self.new.token_ids)
@@ -144,15 +162,24 @@ class SimExecutor:
             self._learn(new)
         self._move(plan)
         sampled: list[tuple[str, int, TokenLogprobs | None]] = []
-        failed: dict[str, str] = {}
+        allowed, failed = ({}, {}) if plan.masks is None else _allowed(plan.masks)
+        prompt_logprobs: dict[str, PromptLogprobs] = {}
         for rows in plan.scheduled:
             record = self._run_rows(rows)
+            scores = self._prompt_logprobs(record, rows)
+            if scores is not None:
+                prompt_logprobs[rows.request_id] = scores
             if not rows.samples:
                 continue
             if rows.request_id in self._faults.fail_requests:
                 failed[rows.request_id] = self._faults.fail_requests[rows.request_id]
                 continue
-            token_id = self._sample(record)
+            if rows.request_id in failed:
+                continue
+            token_id = self._sample(record, allowed.get(rows.request_id))
+            if token_id is None:
+                failed[rows.request_id] = NOTHING_LEFT
+                continue
             record.sampled.append(token_id)
             sampled.append((rows.request_id, token_id, self._logprobs(record, token_id)))
         for kept in plan.slot_snapshots:
@@ -167,6 +194,7 @@ class SimExecutor:
             request_ids=tuple(s[0] for s in sampled),
             token_ids=tuple(s[1] for s in sampled),
             logprobs=tuple(s[2] for s in sampled),
+            prompt_logprobs=prompt_logprobs,
             failed=failed,
             seconds=seconds,
         )
@@ -217,9 +245,9 @@ class SimExecutor:
         resumed = {new.slot: new for new in plan.new if new.num_computed_tokens}
         rows = {s.request_id: s for s in plan.scheduled}
         for slot, snapshot, position in plan.slot_restores:
-            kept = self._snapshots[snapshot]
-            assert kept.position == position, f"snapshot {snapshot} is one of {kept.position}, not of {position}"
-            self._slots[slot] = kept.copy()
+            saved = self._snapshots[snapshot]
+            assert saved.position == position, f"snapshot {snapshot} is one of {saved.position}, not of {position}"
+            self._slots[slot] = saved.copy()
             self._resume(resumed[slot], position, rows[resumed[slot].request_id])
         for request_id, slot, position in plan.replays:
             assert resumed[slot].request_id == request_id
@@ -292,26 +320,69 @@ class SimExecutor:
             page.content[first:] = record.raw_tokens(start, stop)
             start = stop
 
-    def _sample(self, record: _Record) -> int:
+    def _sample(self, record: _Record, allowed: np.ndarray | None) -> int | None:
+        """The next token, one of the ids in `allowed` if it is not None; None when what the request excludes leaves
+        none."""
         sampling = record.new.sampling
+        if sampling.forced_token is not None:
+            forced = _forced(sampling.forced_token, record.output)
+            if forced is not None:
+                return forced
         if self._script is not None:
             answer = self._script(record.new.token_ids[: record.new.num_prompt_tokens])
-            if record.num_output < len(answer):
-                return answer[record.num_output]
-            return self.eos_token_id
+            place = record.num_output
+            if sampling.forced_token is not None:
+                place = _place(answer, sampling.forced_token, record.output)
+            return self._permitted(answer[place] if place < len(answer) else self.eos_token_id, record, set())
         early = record.num_output < sampling.min_tokens
         may_end = not early and not sampling.ignore_eos
         assert sampling.seed is not None
         history = self._slots[record.new.slot].history.copy()
         history.update((sampling.seed % 2**64).to_bytes(8, "little"))
         word = int.from_bytes(history.digest(), "little")
+        others = np.empty(0, dtype=np.int64)
+        if allowed is not None:
+            may_end = may_end and self.eos_token_id in allowed
+            others = allowed[allowed != self.eos_token_id]
+            if not len(others):
+                return self.eos_token_id
         if may_end and (word >> 64) / 2.0**64 < self._eos_probability:
             return self.eos_token_id
+        if allowed is not None:
+            return int(others[word % len(others)])
         token_id = word % self.model.vocab_size
         masked = {self.eos_token_id, *(sampling.stop_token_ids if early else ())}
-        while token_id in masked:
-            token_id = (token_id + 1) % self.model.vocab_size
-        return token_id
+        return self._permitted(token_id, record, masked)
+
+    def _permitted(self, token_id: int, record: _Record, masked: set[int]) -> int | None:
+        """The first token from `token_id` on that neither `masked` nor the request excludes."""
+        sampling = record.new.sampling
+        if token_id not in masked and not sampling.bad_words and sampling.allowed_token_ids is None:
+            return token_id
+        output = record.output if sampling.bad_words else []
+        banned = masked | {w[-1] for w in sampling.bad_words if output[len(output) - len(w) + 1 :] == [*w[:-1]]}
+        everything = range(self.model.vocab_size)
+        allowed = everything if sampling.allowed_token_ids is None else sorted(unpack_ids(sampling.allowed_token_ids))
+        left = (t for t in (*(t for t in allowed if t >= token_id), *allowed) if t not in banned)
+        found = next(left, None)
+        return None if found is None else int(found)
+
+    def _prompt_logprobs(self, record: _Record, rows: ScheduledTokens) -> PromptLogprobs | None:
+        """Like `_logprobs`, for the prompt tokens that these rows predict."""
+        num_top, prompt = record.new.sampling.prompt_logprobs, record.new.num_prompt_tokens
+        first, stop = rows.start + 1, min(rows.start + rows.num_tokens + 1, prompt)
+        if num_top is None or first >= stop:
+            return None
+        token_ids_N = record.new.token_ids[first:stop]
+        top_ids_NK = (token_ids_N[:, None] + np.arange(num_top)) % self.model.vocab_size
+        halves_K = -np.arange(1, num_top + 1) * math.log(2.0)
+        return PromptLogprobs(
+            start=first,
+            logprobs_N=np.full(len(token_ids_N), math.log(0.5), dtype=np.float32),
+            ranks_N=np.ones(len(token_ids_N), dtype=np.int32),
+            top_ids_NK=top_ids_NK.astype(np.int32),
+            top_logprobs_NK=np.broadcast_to(halves_K, top_ids_NK.shape).astype(np.float32),
+        )
 
     def _logprobs(self, record: _Record, token_id: int) -> TokenLogprobs | None:
         count = record.new.sampling.logprobs
@@ -345,6 +416,30 @@ def sim_config(config: EngineConfig, model: ModelConfig) -> ResolvedConfig:
     device = "cpu" if config.device == "auto" else config.device
     facts = MachineFacts(device=device, has_bf16=True, free_bytes=_SIM_BYTES, num_cores=_SIM_CORES)
     return resolve(config, model, facts)
+
+
+def _forced(forced: ForcedToken, output: Sequence[int]) -> int | None:
+    """The token that must come next."""
+    if len(output) < forced.after or not {forced.token_id, *forced.unless}.isdisjoint(output):
+        return None
+    return forced.token_id
+
+
+def _place(answer: Sequence[int], forced: ForcedToken, output: Sequence[int]) -> int:
+    """Where a scripted answer goes on; a forced token cuts it short up to its own such token."""
+    if len(output) <= forced.after or output[forced.after] != forced.token_id:
+        return len(output)
+    if forced.token_id not in answer or not {forced.token_id, *forced.unless}.isdisjoint(answer[: forced.after]):
+        return len(output)
+    return list(answer).index(forced.token_id) + len(output) - forced.after
+
+
+def _allowed(masks: TokenMasks) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """By request: ids of the tokens that the mask allows, and why there is no mask."""
+    mask_NW, failed = masks.wait()
+    bits_NV = np.unpackbits(mask_NW.view(np.uint8), axis=1, bitorder="little")
+    allowed = {request_id: np.flatnonzero(row) for request_id, row in zip(masks.request_ids, bits_NV, strict=True)}
+    return allowed, {masks.request_ids[row]: f"no mask ({why})" for row, why in failed.items()}
 
 
 def _at_replay(kept: SlotSnapshot, plan: StepPlan) -> bool:

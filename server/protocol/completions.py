@@ -1,19 +1,16 @@
-"""POST /v1/completions: the request body, whole answers and stream chunks."""
+"""POST /v1/completions: the request body, whole answers and stream chunks. Log probabilities stand in
+`completion_logprobs`."""
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
 from server import limits
-from server.generation import TokenLogprob
+from server.errors import bad_request, unsupported
+from server.grammar.formats import output_format_of
 from server.protocol import sse
-from server.protocol.common import (
-    ACCEPTED_WITHOUT_EFFECT,
-    REFUSED_EVERYWHERE,
-    SYSTEM_FINGERPRINT,
-    SamplingFields,
-)
+from server.protocol.common import LARGEST_INT32, SYSTEM_FINGERPRINT, FormatFields, SamplingFields
+from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REASONS, REFUSED_EVERYWHERE
 
 DEFAULT_TOKENS = 16
 """max_tokens of a request that names none, as OpenAI's."""
@@ -43,27 +40,49 @@ def _is_ids(value: list[Any]) -> bool:
     return all(type(item) is int for item in value)
 
 
-class CompletionBody(SamplingFields):
-    REFUSED = REFUSED_EVERYWHERE | {
-        "best_of": (1,),
-        "echo": (False,),
-        "suffix": ("",),
-        "add_special_tokens": (False, True),
-    }
+class CompletionBody(SamplingFields, FormatFields):
+    REFUSED = REFUSED_EVERYWHERE | {"add_special_tokens": (False, True)}
     IGNORED = ACCEPTED_WITHOUT_EFFECT
 
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_prompts)]
+    suffix: str | None = None
+    """What shall stand behind the answer: the prompt becomes the fill-in-the-middle form."""
+    echo: bool = False
+    max_tokens: Annotated[int, Field(ge=0, le=LARGEST_INT32)] | None = None
+    """0: only the prompt's log probabilities."""
+    best_of: Annotated[int, Field(ge=1, le=LARGEST_INT32)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=limits.MOST_LOGPROBS)] | None = None
+    parse_special: bool = False
+    """Spellings of special tokens in the prompt are those tokens; without it they are plain text."""
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """What the engine is asked for; `echo` with `logprobs` shows the prompt's too."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((n for n in asked if n is not None), default=None)
 
-def completion_logprobs(rows: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """The old shape: four columns. The sampled token is always among its `top_logprobs`."""
-    return {
-        "tokens": [row.token for row in rows],
-        "token_logprobs": [row.logprob for row in rows],
-        "top_logprobs": [{**{t.token: t.logprob for t in row.top}, row.token: row.logprob} for row in rows],
-        "text_offset": [row.text_offset for row in rows],
-    }
+    def check(self) -> None:
+        super().check()
+        if self.best_of is not None and self.best_of != self.n:
+            raise unsupported("best_of", REASONS["best_of"])
+        if self.max_tokens == 0 and (asked := output_format_of(self)) is not None:
+            raise bad_request(f"{asked.param} asks for a format of no tokens: max_tokens is 0.", param=asked.param)
+        if len(self.prompt) * self.n > limits.MOST_ANSWERS:
+            raise bad_request(f"at most {limits.MOST_ANSWERS} answers (prompts times n) in one request", param="n")
+        if self.max_tokens == 0:
+            if not self.echo and self.prompt_logprobs is None:
+                raise bad_request("max_tokens may be 0 only with echo or prompt_logprobs", param="max_tokens")
+            if self.min_tokens:
+                message = f"min_tokens ({self.min_tokens}) is greater than max_tokens (0)."
+                raise bad_request(message, param="min_tokens")
+        if self.suffix:
+            if not all(isinstance(prompt, str) for prompt in self.prompt):
+                raise bad_request("suffix needs a prompt that is text, not token ids", param="suffix")
+            if self.truncate_prompt_tokens is not None:
+                message = "truncate_prompt_tokens would cut the form that suffix gives the prompt"
+                raise bad_request(message, param="truncate_prompt_tokens")
+            if self.echo and self.logprobs is not None:
+                raise bad_request("logprobs of an echoed prompt are not available with suffix", param="echo")
 
 
 class CompletionChunks:
@@ -92,6 +111,7 @@ class CompletionChunks:
         logprobs: Any = None,
         token_ids: list[int] | None = None,
         prompt_token_ids: list[int] | None = None,
+        usage: dict[str, Any] | None = None,
     ) -> bytes:
         parts = [self._head, b'{"index":%d,"text":' % index, sse.json_string(text), b',"logprobs":']
         parts.append(b"null" if logprobs is None else sse.json_bytes(logprobs))
@@ -101,7 +121,7 @@ class CompletionChunks:
             parts += [b',"token_ids":', sse.json_bytes(token_ids)]
         if prompt_token_ids is not None:
             parts += [b',"prompt_token_ids":', sse.json_bytes(prompt_token_ids)]
-        parts.append(self._end)
+        parts += [self._end] if usage is None else [b'}],"usage":', sse.json_bytes(usage), b"}\n\n"]
         return b"".join(parts)
 
     def usage(self, usage: dict[str, Any]) -> bytes:
@@ -123,18 +143,3 @@ def completion_answer(
             "usage": usage,
         }
     )
-
-
-def completion_choice(
-    index: int,
-    text: str,
-    finish_reason: str,
-    logprobs: Any,
-    token_ids: list[int] | None = None,
-    prompt_token_ids: list[int] | None = None,
-) -> dict[str, Any]:
-    choice: dict[str, Any] = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-    if token_ids is not None:
-        choice["token_ids"] = token_ids
-        choice["prompt_token_ids"] = prompt_token_ids
-    return choice

@@ -34,6 +34,11 @@ def event(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
+def named_event(name: str, data: bytes) -> bytes:
+    """An event whose `data` has the same word as its `type`."""
+    return b"event: " + name.encode("ascii") + b"\ndata: " + data + b"\n\n"
+
+
 def error_event(error: ApiError) -> bytes:
     """The last event of a stream that failed; no [DONE] follows it."""
     return event(error.body())

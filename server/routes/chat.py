@@ -1,37 +1,29 @@
 """POST /v1/chat/completions."""
 
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.errors import ApiError, bad_request, echo
+from server.chat_run import ChatRun, start_chat
+from server.errors import ApiError
 from server.generation import GenerationEvent, TokenLogprob, Usage
-from server.middleware import context_of
+from server.middleware import RequestContext, context_of
+from server.prompt_scores import PromptScoresSeen
 from server.protocol import sse
-from server.protocol.chat import (
-    DEFAULT_TOKENS_CHAT,
-    DEFAULT_TOKENS_MAX_EFFORT,
-    DEFAULT_TOKENS_THINKING,
-    ChatBody,
-    ChatChunks,
-    chat_answer,
-    chat_logprobs,
-)
-from server.protocol.common import ThinkingFields, usage_counts
-from server.routes.call import check_text_length, completion_budget, estimated_tokens, off_loop, read_body, state_of
-from server.routes.generate import Job, answer_id, run
+from server.protocol.chat import ChatBody
+from server.protocol.chat_answer import ChatChunks, UsageIn, WholeChoice, call_deltas, chat_answer, chat_logprobs
+from server.protocol.common import usage_counts
+from server.reasoning_view import reasoning_view
+from server.routes.call import read_body, state_of
+from server.routes.generate import answer_id, merge, usage_of_choices
 from server.routes.stream import EventStream, until_disconnect
-from server.state import Serving
-from server.text.effort import PromptError, resolve_thinking
-from server.text.prompt import Prompt, render_chat
+from server.state import ServerState
 
 router = APIRouter()
-
-Events = AsyncGenerator[GenerationEvent, None]
 
 
 @router.post("/v1/chat/completions")
@@ -41,148 +33,143 @@ async def chat_completions(request: Request) -> Response:
     state, context = state_of(request), context_of(request.scope)
     serving = state.serving()
     state.check_model(body.model)
+    chat = body.chat_request()
+    scores = PromptScoresSeen(body.prompt_logprobs)
     with ExitStack() as stack:
-        ticket = stack.enter_context(state.admission.enter(context.key_id, estimated_tokens(num_bytes)))
-        prompt, tier = await off_loop(num_bytes, lambda: render(serving, body, body.messages))
-        ticket.count(len(prompt.token_ids))
-        requested, limit_param = body.requested_tokens
-        max_tokens = completion_budget(
-            serving,
-            len(prompt.token_ids),
-            requested,
-            default_tokens(tier, thinking=prompt.thinking),
-            param="messages",
-            limit_param=limit_param,
-        )
-        job = Job(
-            prompt_ids=prompt.token_ids,
-            sampling=body.sampling(serving.info, max_tokens, body.num_logprobs),
-            ticket=ticket,
-            parse="chat",
-            starts_in=prompt.starts_in,
-            continues=prompt.continues,
-            turn_start=prompt.turn_start,
-        )
-        events = run(state, serving, context, body, job)
+        run = reasoning_view(await start_chat(state, serving, context, chat, num_bytes, stack), body)
+        run.choices[0] = scores.watch(run.choices[0])
         if body.stream:
+            usage_in = _usage_in(state, context, body)
             chunks = ChatChunks(
-                answer_id("chatcmpl"), int(time.time()), state.model_name, include_usage=body.include_usage
+                answer_id("chatcmpl"), int(time.time()), state.model_name, num_choices=body.n, usage_in=usage_in
             )
-            return EventStream(_stream(events, chunks, body, prompt), state, stack.pop_all().close)
-        answer = await until_disconnect(request, state, _whole(events, state.model_name, body, prompt))
+            events = _Stream(run, chunks, body, usage_in).chunks()
+            return EventStream(events, state, stack.pop_all().close)
+        answer = await until_disconnect(request, state, _whole(run, state.model_name, body))
+        if scores.columns is not None:
+            answer = scores.added_to(answer, serving, run.prompt.token_ids)
         return Response(answer, media_type="application/json")
 
 
-def render(serving: Serving, body: ThinkingFields, messages: list[dict[str, Any]]) -> tuple[Prompt, str | None]:
-    """The prompt of a conversation and the tier of its effort. Raises ApiError 400 with `param`."""
-    check_text_length(serving, _contents(messages), special=False, param="messages")
-    try:
-        thinking, tier = resolve_thinking(body.thinking, body.reasoning_effort, body.chat_template_kwargs)
-        return render_chat(serving.tokenizer, messages, thinking=thinking, reasoning_effort=tier), tier
-    except PromptError as error:
-        # No tools are passed on, so what the encoder blames on them stood in a message.
-        param = "messages" if error.param.startswith("tool") else error.param
-        raise bad_request(echo(str(error)), param=param) from None
+def _usage_in(state: ServerState, context: RequestContext, body: ChatBody) -> UsageIn:
+    """DeepSeek's API puts it on the finish chunk, asked or not, and has no chunk of its own for it."""
+    if context.dialect == "deepseek" or state.config.api_compat == "deepseek":
+        return "finish"
+    return "last_chunk" if body.include_usage else "none"
 
 
-def _contents(messages: list[dict[str, Any]]) -> Iterator[str]:
-    """Texts of the messages that are always rendered; shapes are checked later."""
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else [{"text": content}]:
-            text = part.get("text") if isinstance(part, dict) else None
-            if isinstance(text, str):
-                yield text
+class _Stream:
+    """The chunks of all choices, in the order of their events."""
+
+    def __init__(self, run: ChatRun, chunks: ChatChunks, body: ChatBody, usage_in: UsageIn) -> None:
+        self._run = run
+        self._chunks = chunks
+        self._body = body
+        self._usage_in = usage_in
+        self._plain = not (body.logprobs or body.return_token_ids or body.continuous_usage)
+        self._rows: list[list[TokenLogprob]] = [[] for _ in run.choices]
+        self._ids: list[list[int]] = [[] for _ in run.choices]
+        self._num_tokens = [0] * len(run.choices)
+        self._usages: dict[int, Usage] = {}
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        prompt_ids = self._run.prompt.token_ids.tolist() if self._body.return_token_ids else None
+        try:
+            async with aclosing(merge(self._run.choices)) as events:
+                yield b"".join(
+                    self._chunks.role(index, thinking=self._run.thinking, prompt_token_ids=prompt_ids)
+                    for index in range(len(self._run.choices))
+                )
+                async for index, event in events:
+                    chunk = self._chunk(index, event)
+                    if chunk:
+                        yield chunk
+        except ApiError as error:
+            yield sse.error_event(error)
+
+    def _chunk(self, index: int, event: GenerationEvent) -> bytes:
+        """Everything there is to say about one event."""
+        if self._plain and event.finish_reason is None:
+            # The way of nearly all tokens.
+            if event.content and not event.reasoning and not event.calls:
+                return self._chunks.content(index, event.content)
+            if event.reasoning and not event.content and not event.calls:
+                return self._chunks.reasoning(index, event.reasoning)
+        if self._body.logprobs:
+            self._rows[index] += event.logprobs
+        if self._body.return_token_ids:
+            self._ids[index] += event.token_ids
+        self._num_tokens[index] += len(event.token_ids)
+        parts = []
+        if event.reasoning:
+            extras = self._extras(index, reasoning=True)
+            parts.append(self._chunks.delta(index, {"reasoning_content": event.reasoning}, **extras))
+        if event.content:
+            extras = self._extras(index, reasoning=False)
+            parts.append(self._chunks.delta(index, {"content": event.content}, **extras))
+        for call in event.calls:
+            extras = self._extras(index, reasoning=False)
+            parts.append(self._chunks.delta(index, call_deltas([call]), **extras))
+        if event.finish_reason is not None:
+            parts += self._finish(index, event)
+        return b"".join(parts)
+
+    def _finish(self, index: int, event: GenerationEvent) -> list[bytes]:
+        assert event.usage is not None
+        self._usages[index] = event.usage
+        extras = self._extras(index, reasoning=None)
+        last = len(self._usages) == len(self._run.choices)
+        usage: dict[str, Any] = {}
+        if last:
+            in_order = [self._usages[n] for n in range(len(self._usages))]
+            usage = usage_counts(usage_of_choices(in_order), thinking=self._run.thinking)
+            if self._usage_in == "finish":
+                extras["usage"] = usage
+        parts = [self._chunks.delta(index, {}, finish_reason=event.finish_reason, **extras)]
+        if last:
+            if self._usage_in == "last_chunk":
+                parts.append(self._chunks.usage(usage))
+            parts.append(sse.DONE)
+        return parts
+
+    def _extras(self, index: int, *, reasoning: bool | None) -> dict[str, Any]:
+        """Log probabilities of that part (of both for None), all ids so far, and the usage so far."""
+        extras: dict[str, Any] = {}
+        if self._body.logprobs:
+            rows = self._rows[index]
+            told = [row for row in rows if reasoning is None or row.reasoning == reasoning]
+            self._rows[index] = [row for row in rows if reasoning is not None and row.reasoning != reasoning]
+            extras["logprobs"] = _logprobs(told, self._body, thinking=self._run.thinking)
+        if self._body.return_token_ids:
+            extras["token_ids"], self._ids[index] = self._ids[index], []
+        if self._body.continuous_usage:
+            prompt, completion = len(self._run.prompt.token_ids), sum(self._num_tokens)
+            extras["usage"] = {
+                "prompt_tokens": prompt,
+                "completion_tokens": completion,
+                "total_tokens": prompt + completion,
+            }
+        return extras
 
 
-def default_tokens(tier: str | None, *, thinking: bool) -> int:
-    if not thinking:
-        return DEFAULT_TOKENS_CHAT
-    return DEFAULT_TOKENS_MAX_EFFORT if tier == "max" else DEFAULT_TOKENS_THINKING
+def _logprobs(rows: list[TokenLogprob], body: ChatBody, *, thinking: bool) -> dict[str, Any]:
+    return chat_logprobs(rows, thinking=thinking, as_ids=body.return_tokens_as_token_ids)
 
 
-class _Extras:
-    """Token ids and log probabilities that wait for the chunk of their text."""
-
-    def __init__(self, body: ChatBody, *, thinking: bool) -> None:
-        self._wants_logprobs = body.logprobs
-        self._wants_ids = body.return_token_ids
-        self._thinking = thinking
-        self._rows: list[TokenLogprob] = []
-        self._ids: list[int] = []
-
-    def add(self, event: GenerationEvent) -> None:
-        if self._wants_logprobs:
-            self._rows += event.logprobs
-        if self._wants_ids:
-            self._ids += event.token_ids
-
-    def take(self, *, reasoning: bool | None = None) -> tuple[dict[str, Any] | None, list[int] | None]:
-        """Log probabilities of that part (of both for None) and all ids so far."""
-        rows = [row for row in self._rows if reasoning is None or row.reasoning == reasoning]
-        self._rows = [row for row in self._rows if reasoning is not None and row.reasoning != reasoning]
-        ids, self._ids = self._ids, []
-        logprobs = chat_logprobs(rows, thinking=self._thinking) if self._wants_logprobs else None
-        return logprobs, ids if self._wants_ids else None
-
-
-async def _stream(events: Events, chunks: ChatChunks, body: ChatBody, prompt: Prompt) -> AsyncGenerator[bytes, None]:
-    plain = not body.logprobs and not body.return_token_ids
-    extras = _Extras(body, thinking=prompt.thinking)
-    try:
-        async with aclosing(events):
-            yield chunks.role(
-                thinking=prompt.thinking,
-                prompt_token_ids=prompt.token_ids.tolist() if body.return_token_ids else None,
-            )
-            async for event in events:
-                parts = []
-                if not plain:
-                    extras.add(event)
-                if event.reasoning:
-                    more = () if plain else extras.take(reasoning=True)
-                    parts.append(chunks.text(b"reasoning_content", event.reasoning, *more))
-                if event.content:
-                    more = () if plain else extras.take(reasoning=False)
-                    parts.append(chunks.text(b"content", event.content, *more))
-                if event.finish_reason is not None:
-                    more = () if plain else extras.take()
-                    parts.append(chunks.finish(event.finish_reason, *more))
-                    assert event.usage is not None
-                    if body.include_usage:
-                        parts.append(chunks.usage(usage_counts(event.usage)))
-                    parts.append(sse.DONE)
-                if parts:
-                    yield b"".join(parts)
-    except ApiError as error:
-        yield sse.error_event(error)
-
-
-async def _whole(events: Events, model: str, body: ChatBody, prompt: Prompt) -> bytes:
-    content: list[str] = []
-    reasoning: list[str] = []
-    rows: list[TokenLogprob] = []
-    ids: list[int] = []
-    usage: Usage | None = None
-    finish_reason = "stop"
-    async with aclosing(events):
-        async for event in events:
-            reasoning.append(event.reasoning)
-            content.append(event.content)
-            rows += event.logprobs
-            ids += event.token_ids
-            if event.finish_reason is not None:
-                finish_reason, usage = event.finish_reason, event.usage
-    assert usage is not None
+async def _whole(run: ChatRun, model: str, body: ChatBody) -> bytes:
+    choices = [WholeChoice() for _ in run.choices]
+    async with aclosing(merge(run.choices)) as events:
+        async for index, event in events:
+            choices[index].add(event)
+    usages = [choice.usage for choice in choices if choice.usage is not None]
+    assert len(usages) == len(choices)
     return chat_answer(
+        choices,
         answer_id=answer_id("chatcmpl"),
         created=int(time.time()),
         model=model,
-        content="".join(content),
-        reasoning="".join(reasoning) if prompt.thinking else None,
-        finish_reason=finish_reason,
-        usage=usage_counts(usage),
-        logprobs=chat_logprobs(rows, thinking=prompt.thinking) if body.logprobs else None,
-        prompt_token_ids=prompt.token_ids.tolist() if body.return_token_ids else None,
-        token_ids=ids if body.return_token_ids else None,
+        thinking=run.thinking,
+        usage=usage_counts(usage_of_choices(usages), thinking=run.thinking),
+        logprobs=[_logprobs(c.rows, body, thinking=run.thinking) if body.logprobs else None for c in choices],
+        prompt_token_ids=run.prompt.token_ids.tolist() if body.return_token_ids else None,
     )

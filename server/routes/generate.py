@@ -5,11 +5,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from secrets import token_hex
-from typing import Literal
 
 import numpy as np
 
-from engine.messages import RequestError, SamplingParams
+from engine.messages import Grammar, RequestError, SamplingParams
 from server.admission import Admission, Ticket
 from server.errors import ApiError, bad_request, overloaded
 from server.generation import GenerationEvent, ParseMode, Usage
@@ -17,6 +16,8 @@ from server.metrics import RequestMeter
 from server.middleware import RequestContext
 from server.protocol.common import SamplingFields
 from server.state import ServerState, Serving
+from server.text.parser import StartsIn
+from server.turns import TurnRecorder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +29,15 @@ class Job:
     sampling: SamplingParams
     ticket: Ticket
     parse: ParseMode
-    starts_in: Literal["reasoning", "content"] = "content"
+    starts_in: StartsIn = "content"
     continues: bool = False
+    tools: bool = False
+    """The answer may hold tool calls."""
+    grammar: Grammar | None = None
+    """What the answer may be; None: anything."""
     turn_start: int = 0
     """Where another prompt of the same conversation is likely to part from this one; 0: unknown."""
+    recorder: TurnRecorder | None = None
 
 
 def answer_id(kind: str) -> str:
@@ -47,7 +53,10 @@ async def run(
     Raises:
         ApiError: the engine gave the request up.
     """
-    meter = RequestMeter(state.metrics, len(job.prompt_ids), job.sampling.max_tokens, context.arrival)
+    lane = state.lane
+    meter = RequestMeter(
+        state.metrics, len(job.prompt_ids), job.sampling.max_tokens, context.arrival, measured=lane.measured
+    )
     context.prompt_tokens += len(job.prompt_ids)
     reason = "abort"
     events = serving.generator.start(
@@ -56,13 +65,16 @@ async def run(
         parse=job.parse,
         starts_in=job.starts_in,
         continues=job.continues,
+        tools=job.tools,
         stop=body.stop,
         include_stop=body.include_stop_str_in_output,
-        cache_salt=state.keys.cache_salt(context.key_id, body.cache_salt),
-        priority=body.priority,
-        deadline=context.arrival + state.config.queue_timeout,
+        cache_salt=state.keys.cache_salt(context.key_id, body.salt),
+        grammar=job.grammar,
+        priority=body.priority + lane.priority,
+        deadline=context.arrival + state.config.queue_timeout if lane.queue_timeout else None,
         arrival_time=context.arrival,
         tenant=context.key_id,
+        skip_special=body.skip_special_tokens,
         snapshot_positions=(job.turn_start,) if job.turn_start else (),
     )
     try:
@@ -75,6 +87,8 @@ async def run(
                     reason = event.finish_reason
                 if event.error is not None:
                     raise _engine_error(event.error, state.admission)
+                if job.recorder is not None:
+                    job.recorder.add(event)
                 yield event
     finally:
         meter.finish(reason)
@@ -127,6 +141,18 @@ def total_usage(usages: Sequence[Usage]) -> Usage:
     )
 
 
+def usage_of_choices(usages: Sequence[Usage]) -> Usage:
+    """Of several answers to one prompt, which counts once."""
+    first = usages[0]
+    return Usage(
+        prompt_tokens=first.prompt_tokens,
+        completion_tokens=sum(u.completion_tokens for u in usages),
+        reasoning_tokens=sum(u.reasoning_tokens for u in usages),
+        cached_tokens=first.cached_tokens,
+        miss_reason=first.miss_reason,
+    )
+
+
 def _engine_error(error: RequestError, admission: Admission) -> ApiError:
     match error.code:
         case "deadline_exceeded":
@@ -134,5 +160,7 @@ def _engine_error(error: RequestError, admission: Admission) -> ApiError:
             return overloaded(error.message, retry_after, code="deadline_exceeded")
         case "too_large":
             return bad_request(error.message, code="context_length_exceeded")
+        case "no_token_left":
+            return bad_request(error.message)
         case "internal":
             return ApiError(500, error.message, type="server_error", code="internal")

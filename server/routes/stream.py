@@ -51,13 +51,24 @@ class EventStream(Response):
     `events` is closed in every case, then `on_close` is called.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], state: ServerState, on_close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        state: ServerState,
+        on_close: Callable[[], None],
+        *,
+        failure: Callable[[ApiError], bytes] = sse.error_event,
+        keep_alive: bytes = sse.COMMENT,
+    ) -> None:
+        """`failure` writes the last event of a stream that the server ends; `keep_alive` fills long silences."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=sse.MEDIA_TYPE)
         # A stream's length is not known.
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
         self._events = events
         self._state = state
         self._on_close = on_close
+        self._failure = failure
+        self._keep_alive = keep_alive
         self._sending_since: float | None = None
         self._last_sent = 0.0
 
@@ -77,7 +88,7 @@ class EventStream(Response):
                     return
                 if stopping.done():
                     await _cancel(sender)
-                    await self._send(send, sse.error_event(shutting_down()))
+                    await self._send(send, self._failure(shutting_down()))
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
                     return
                 now = time.monotonic()
@@ -85,7 +96,7 @@ class EventStream(Response):
                     if now - self._sending_since > config.write_timeout:
                         return
                 elif now - self._last_sent >= config.keep_alive_interval:
-                    await self._send(send, sse.COMMENT)
+                    await self._send(send, self._keep_alive)
         finally:
             await _cancel(sender, gone)
             self._on_close()

@@ -4,6 +4,7 @@ Source: DeepSeek's API and its reference encoder. Thinking is on by default, and
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 Tier = Literal["low", "high", "max"]
@@ -26,6 +27,13 @@ RENDERED_TIERS: Mapping[EffortTable, Mapping[Tier, Tier]] = {
     "preview": {"low": "low", "high": "low", "max": "high"},
 }
 
+_RELEASES = ("0731", "0813")
+"""In the names of checkpoints with release weights,"""
+_REPACKED = "dspark"
+"""and in those of preview weights with the release's drafter."""
+_NAMING_PARTS = 3
+"""Last parts of a path that may name a checkpoint: a hub cache ends in `models--NAME/snapshots/REVISION`."""
+
 _SWITCHES = {"enabled": True, "adaptive": True, "disabled": False}
 
 
@@ -35,6 +43,14 @@ class PromptError(ValueError):
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+def table_of(model_dir: str, *, is_preview: bool) -> EffortTable:
+    """The table of a checkpoint: by its name where that says it, else by its shape (`EngineInfo.is_preview`)."""
+    name = "/".join(Path(model_dir).parts[-_NAMING_PARTS:]).lower()
+    if any(release in name for release in _RELEASES):
+        return "release"
+    return "preview" if is_preview or _REPACKED in name else "release"
 
 
 def resolve_thinking(

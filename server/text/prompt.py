@@ -4,13 +4,15 @@ DeepSeek's own library validates and renders; what it marks as special tokens ar
 between them is encoded without the added vocabulary. A user who types `<｜User｜>` sends ordinary tokens.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import deepseek_recipe
 import numpy as np
 
+from server.text.calls import DSML
 from server.text.effort import RENDERED_TIERS, TIERS, EffortTable, PromptError
 from server.text.tokenizer import Tokenizer
 
@@ -18,6 +20,7 @@ __all__ = ["Prompt", "PromptError", "render_chat"]
 
 _MODEL = "DeepSeek-V4-Pro"  # the library's name for the V4 format, of Flash and Pro alike
 ASSISTANT = "<｜Assistant｜>"
+EOS = "<｜end▁of▁sentence｜>"
 _ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 _MOST_MESSAGE_CHARACTERS = 300
 
@@ -29,13 +32,19 @@ class Prompt:
     text: str
     """The same prompt as text, special tokens spelled out."""
     thinking: bool
-    starts_in: Literal["reasoning", "content"]
+    starts_in: Literal["reasoning", "content", "calls"]
     """What the first generated token belongs to."""
     continues: bool = False
     """The prompt ends inside a message (`prefix`), so leading newlines of the answer are part of it."""
     turn_start: int = 0
     """Position of the token that opens the last assistant turn: the next prompt of the conversation begins with the
     tokens before it, whatever becomes of this turn's reasoning."""
+
+
+class FindsTurns(Protocol):
+    """Knows how turns of the history were sampled (server.turns)."""
+
+    def find(self, message: Mapping[str, Any], opening: int, prefix: bytes) -> np.ndarray | None: ...
 
 
 def render_chat(
@@ -48,13 +57,15 @@ def render_chat(
     tool_choice: Any = None,
     response_format: Any = None,
     effort_table: EffortTable = "release",
+    turns: FindsTurns | None = None,
 ) -> Prompt:
     """Render and encode `messages` (OpenAI's shape) for generation.
 
     Contents are strings or lists of text parts, which two newlines join. `developer` messages are system messages, and
     all system messages stand at the top. An assistant's earlier thinking is read from `reasoning_content`, `reasoning`
     or `thinking`. `prefix: true` on the last assistant message continues it. `name` has no effect.
-    `reasoning_effort` counts when thinking (None: high). Raises PromptError with `param`.
+    `reasoning_effort` counts when thinking (None: high). An assistant's turn that `turns` knows stands in the ids as it
+    was sampled. Raises PromptError with `param`.
     """
     if reasoning_effort is not None and reasoning_effort not in TIERS:
         raise PromptError(f"reasoning_effort must be one of {', '.join(TIERS)}", "reasoning_effort")
@@ -64,52 +75,92 @@ def render_chat(
         "messages": [_message(message, f"messages[{n}]") for n, message in enumerate(messages)],
         "thinking": {"type": "enabled" if thinking else "disabled"},
         "reasoning_effort": RENDERED_TIERS[effort_table][tier],
-        "tools": None if tools is None else list(tools),
+        "tools": None if tools is None else [_lenient(tool) for tool in tools],
         "tool_choice": tool_choice,
         "response_format": response_format,
     }
     present = {key: value for key, value in body.items() if value is not None}
-    try:
-        request = deepseek_recipe.ChatCompletionRequest(present).convert(deepseek_recipe.ConversionOptions())
-    except UnicodeEncodeError as error:
-        raise PromptError("The text holds half of a surrogate pair, which is not Unicode.", "messages") from error
-    except (deepseek_recipe.ConversionError, ValueError, TypeError) as error:
-        message = str(error).removeprefix("invalid request body: ")
-        raise PromptError(_shortened(message), _blamed_param(message)) from error
+    request = _convert(present)
     rendered = deepseek_recipe.DeepseekV4Encoding().render_conversation(request.conversation)
-    stage = request.parsing_options.thinking_initial_stage
-    token_ids = _encode(tokenizer, rendered.prompt, rendered.special_ranges)
+    options = request.parsing_options
+    stage = options.thinking_initial_stage
+    starts_in: Literal["reasoning", "content", "calls"] = "content"
+    if options.starts_in_tool_calls:
+        starts_in = "calls"
+    elif stage is not None and stage.starts_in_reasoning():
+        starts_in = "reasoning"
+    names, plain = _parts(rendered.prompt, rendered.special_ranges)
+    history = [] if turns is None else [m for m in body["messages"] if m["role"] == "assistant" and not m.get("prefix")]
+    token_ids = _encode(tokenizer, names, plain, history, turns)
     opened = np.flatnonzero(token_ids == tokenizer.required_id(ASSISTANT))
     return Prompt(
         token_ids=token_ids,
         text=rendered.prompt,
         thinking=thinking,
-        starts_in="reasoning" if stage is not None and stage.starts_in_reasoning() else "content",
-        continues=_continues(body["messages"][-1], thinking) or request.parsing_options.starts_in_tool_calls,
+        starts_in=starts_in,
+        continues=_continues(body["messages"][-1], thinking),
         turn_start=int(opened[-1]) if len(opened) else 0,
     )
 
 
-def _encode(tokenizer: Tokenizer, text: str, special_ranges: Sequence[tuple[int, int]]) -> np.ndarray:
-    """int32 ids: special tokens where the renderer put them, plain text between."""
-    plain: list[str] = []
-    special: list[int] = []
+def _convert(body: dict[str, Any]) -> deepseek_recipe.ConversationRequest:
+    try:
+        return deepseek_recipe.ChatCompletionRequest(body).convert(deepseek_recipe.ConversionOptions())
+    except UnicodeEncodeError as error:
+        raise PromptError("The text holds half of a surrogate pair, which is not Unicode.", "messages") from error
+    except (deepseek_recipe.ConversionError, ValueError, TypeError) as error:
+        message = str(error).removeprefix("invalid request body: ")
+        raise PromptError(_shortened(message), _blamed_param(message)) from error
+
+
+def _parts(text: str, special_ranges: Sequence[tuple[int, int]]) -> tuple[list[str], list[str]]:
+    """Special tokens, and the plain texts in front of each and behind the last."""
+    names, plain = [], []
     end = 0
     for start, stop in special_ranges:
         plain.append(text[end:start])
-        name = text[start:stop]
-        token_id = tokenizer.special_id(name)
-        if token_id is None:
-            raise PromptError(f"This model's tokenizer has no {name} token.", "messages")
-        special.append(token_id)
+        names.append(text[start:stop])
         end = stop
-    plain.append(text[end:])
+    return names, [*plain, text[end:]]
+
+
+def _encode(
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    plain: Sequence[str],
+    history: Sequence[Mapping[str, Any]],
+    turns: FindsTurns | None,
+) -> np.ndarray:
+    """int32 ids: special tokens where the renderer put them, plain text between.
+
+    `history` are the assistant's messages, each of which is rendered from `<｜Assistant｜>` to EOS.
+    """
+    special = [_special_id(tokenizer, name) for name in names]
+    encoded = tokenizer.encode_plain_batch(plain)
+    closed = [n for n, name in enumerate(names) if name == EOS]
     ids: list[int] = []
-    for n, part in enumerate(tokenizer.encode_plain_batch(plain)):
-        ids += part
-        if n < len(special):
-            ids.append(special[n])
-    return np.array(ids, dtype=np.int32)
+    prefix, num_hashed = hashlib.blake2b(digest_size=16), 0
+    message, n = 0, 0
+    while n < len(special):
+        ids += encoded[n]
+        ids.append(special[n])
+        if names[n] == ASSISTANT and turns is not None and message < len(history):
+            prefix.update(np.asarray(ids[num_hashed:], dtype="<i4").tobytes())
+            num_hashed = len(ids)
+            sampled = turns.find(history[message], special[n + 1], prefix.digest())
+            if sampled is not None:
+                ids += sampled.tolist()
+                n = closed[message]
+            message += 1
+        n += 1
+    return np.array(ids + encoded[-1], dtype=np.int32)
+
+
+def _special_id(tokenizer: Tokenizer, name: str) -> int:
+    token_id = tokenizer.special_id(name)
+    if token_id is None:
+        raise PromptError(f"This model's tokenizer has no {name} token.", "tools" if name == DSML else "messages")
+    return token_id
 
 
 def _message(message: Any, param: str) -> dict[str, Any]:
@@ -182,6 +233,43 @@ def _unicode(text: str, param: str) -> str:
     except UnicodeEncodeError as error:
         raise PromptError(f"{param} holds half of a surrogate pair, which is not Unicode", param) from error
     return text
+
+
+def _lenient(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A strict tool as a free one with the schema that a strict one shows.
+
+    The library normalises strict schemas, and refuses a request with both kinds and keywords of its own choice; what is
+    enforced is not its business. A schema that it would refuse is shown as it stands.
+    """
+    function = tool.get("function")
+    if not isinstance(function, Mapping) or function.get("strict") is not True:
+        return tool
+    free = {key: value for key, value in function.items() if key != "strict"}
+    strict = {**function, "parameters": _with_def(function.get("parameters"))}
+    body = {
+        "model": _MODEL,
+        "messages": [{"role": "user", "content": ""}],
+        "tools": [{"type": "function", "function": strict}],
+    }
+    try:
+        (shown,) = _convert(body).conversation.tools
+    except PromptError:
+        return {**tool, "function": free}
+    return {**tool, "function": {**free, "parameters": shown.parameters}}
+
+
+def _with_def(schema: Any) -> Any:
+    """`$defs` under the name that the library keeps."""
+    if isinstance(schema, list):
+        return [_with_def(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    renamed = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str):
+            value = value.replace("#/$defs/", "#/$def/")
+        renamed["$def" if key == "$defs" else key] = _with_def(value)
+    return renamed
 
 
 def _continues(last: Mapping[str, Any], thinking: bool) -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 
 import tokenizers
 
+from engine.vocabulary import piece_bytes
+
 REQUIRED_TOKENS = (
     "<｜begin▁of▁sentence｜>",
     "<｜end▁of▁sentence｜>",
@@ -51,11 +53,13 @@ class Tokenizer:
         missing = [name for name in REQUIRED_TOKENS if name not in self._special_ids]
         if missing:
             raise TokenizerError(f"{source}: added_tokens: expected {', '.join(missing)}, found no such token")
+        self.added_ids = frozenset(self._special_ids.values())
+        """Ids of the added vocabulary."""
         self.hidden_ids = frozenset(token_id for token_id, special in added.values() if special)
         """Ids that text for a reader leaves out: the file's `special` tokens (BOS, EOS, padding, place holders)."""
         table = [b""] * vocab_size
         for piece, token_id in vocab.items():
-            table[token_id] = _piece_bytes(piece)
+            table[token_id] = piece_bytes(piece)
         for name, token_id in self._special_ids.items():
             table[token_id] = name.encode()
         self.bytes_table: Sequence[bytes] = table
@@ -157,23 +161,3 @@ def _vocabulary(definition: dict[str, Any], source: str) -> dict[str, int]:
 
 def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _byte_characters() -> dict[int, int]:
-    """Code point to byte for the 256 printable stand-ins of byte-level BPE.
-
-    Printable Latin-1 characters stand for themselves; the other bytes, in order, for U+0100 and on.
-    """
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in own]
-    return {**{byte: byte for byte in own}, **{0x100 + n: byte for n, byte in enumerate(others)}}
-
-
-_BYTE_OF = _byte_characters()
-
-
-def _piece_bytes(piece: str) -> bytes:
-    try:
-        return bytes([_BYTE_OF[ord(character)] for character in piece])
-    except KeyError:  # a token stored as itself, not in stand-ins
-        return piece.encode()

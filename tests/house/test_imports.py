@@ -13,13 +13,16 @@ PACKAGES = ("server", "engine", "model")
 
 # What a package may import of its neighbours. Longest matching prefix of the importing module decides.
 ALLOWED: dict[str, tuple[str, ...]] = {
-    "server": ("server", "engine.config", "engine.messages", "engine.client", "engine.clients"),
+    "server": ("server", "engine.config", "engine.messages", "engine.client", "engine.clients", "engine.vocabulary"),
+    # The child processes that check grammars compile them as the engine will.
+    "server.grammar.worker": ("server", "engine.grammar", "engine.vocabulary"),
     "server.launch": (
         "server",
         "engine.config",
         "engine.messages",
         "engine.client",
         "engine.clients",
+        "engine.vocabulary",
         "engine.process",
     ),
     "engine": ("engine", "model.config", "model.kv_layout", "model.presets"),

@@ -121,7 +121,7 @@ def test_both_modes_agree(tools: Any) -> None:
 
 def test_small_workspaces_change_nothing(tools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast ops in many small tiles and blocks: what a long context makes of them."""
-    from model.ops.cpu import attention, hyper, index, norm
+    from model.ops.cpu import attention, hyper, index, norm, topk
 
     model = tools.random_model(tools.nano_config(), seed=23)
     tokens = tools.random_tokens(model.config, 420, seed=24)
@@ -141,8 +141,10 @@ def test_small_workspaces_change_nothing(tools: Any, monkeypatch: pytest.MonkeyP
         (attention, "WORKSPACE_ROWS", 400),
         (attention, "SCORES", 1000),
         (index, "ENTRY_BLOCK", 24),
-        (index, "SCORES", 1000),
+        (index, "LEAST_KEYS", 5),
+        (index, "PRODUCTS", 1000),
         (index, "KEYS", 30),
+        (topk, "GROUP", 3),
         (hyper, "_TILE_ELEMENTS", 1000),
         (norm, "_TILE_ELEMENTS", 500),
     ):

@@ -77,6 +77,33 @@ def test_ties_go_to_the_lower_entry_in_any_blocking() -> None:
     assert select(torch.zeros(2, 9), 4).tolist() == [[0, 1, 2, 3]] * 2
 
 
+@pytest.mark.parametrize("values", ["few", "zeros", "many"])
+def test_the_best_of_groups_are_the_best(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at maxima of groups first finds the same entries, in any blocks, with ties, NaN and absent entries."""
+    from model.ops.cpu import topk
+
+    monkeypatch.setattr(topk, "GROUP", 4)
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(20):
+        scores = torch.randn(5, 200, generator=generator)
+        if values == "few":
+            scores = scores.round()
+        elif values == "zeros":
+            scores = scores.clamp_max(0.0)
+        scores[0, 50:] = float("-inf")
+        scores[1] = float("-inf")
+        scores[2, 120:140] = float("nan")
+        scores[3, :150] = float("-inf")
+        for k, block in ((3, 200), (3, 37), (12, 64), (60, 90)):
+            expected, found = TopK(5, k, scores.device), topk.GroupedTopK(5, k, scores.device)
+            for at in range(0, 200, block):
+                part = scores[:, at : at + block]
+                expected.merge(part, torch.arange(at, at + part.shape[1]).expand(5, -1))
+                found.merge(part, at)
+            kept = [[e for e in row if e >= 0] for row in found.entries.tolist()]
+            assert kept == [[e for e in row if e >= 0] for row in expected.entries.tolist()]
+
+
 def test_equal_experts_are_chosen_by_number_and_summed_in_order() -> None:
     logits = torch.tensor([[1.0, 2.0, 1.0, 2.0, 1.0, 0.0], [0.0] * 6])
     ids, weights = score_route(logits, torch.zeros(6), 3, 1.5)

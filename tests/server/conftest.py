@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import httpx
 import numpy as np
 import pytest
 
+from engine.client import RequestOutput
 from engine.clients import InProcessClient
 from engine.config import EngineConfig
+from engine.messages import FinishReason, SamplingParams
 from engine.runner.sim_executor import CostModel, SimExecutor, sim_config
 from model.config import load_config
 from model.presets import preset
@@ -28,7 +31,9 @@ from model.tools.byte_tokenizer import save_byte_tokenizer
 from server.app import create_app
 from server.auth import KeyRing
 from server.config import ServerConfig
+from server.generation import Answer
 from server.state import ServerState
+from server.text.parser import OutputParser, StartsIn
 from server.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +63,9 @@ class Harness:
         body = {"model": MODEL, "messages": [{"role": "user", "content": text}], **fields}
         return await self.post("/v1/chat/completions", body)
 
+    async def chat_messages(self, messages: Sequence[Any], **fields: Any) -> httpx.Response:
+        return await self.post("/v1/chat/completions", {"model": MODEL, "messages": messages, **fields})
+
     async def complete(self, prompt: Any = "hi", **fields: Any) -> httpx.Response:
         return await self.post("/v1/completions", {"model": MODEL, "prompt": prompt, **fields})
 
@@ -85,12 +93,16 @@ def sim_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serving(sim_model_dir: Path) -> Callable[..., Any]:
-    """A factory: `async with serving(answer="...", max_model_len=...) as harness`."""
+    """A factory: `async with serving(answer="...", max_model_len=...) as harness`.
+
+    `answers` are those of a conversation's turns.
+    """
 
     @asynccontextmanager
     async def make(
         *,
         answer: str | None = None,
+        answers: Sequence[str] = (),
         keys: Sequence[str] = (),
         config: ServerConfig | None = None,
         max_model_len: int = 4096,
@@ -104,11 +116,13 @@ def serving(sim_model_dir: Path) -> Callable[..., Any]:
             model_dir=str(sim_model_dir), simulate=True, max_model_len=max_model_len, max_num_seqs=max_num_seqs
         )
         script = None
-        if answer is not None:
-            ids = tokenizer.encode(answer, special=True)
+        if answer is not None or answers:
+            turns = [tokenizer.encode(text, special=True) for text in (answers or [answer])]
+            assistant = tokenizer.required_id("<｜Assistant｜>")
 
             def script(prompt: np.ndarray) -> Sequence[int]:
-                return ids
+                """The nth answer to a prompt that opens the nth turn."""
+                return turns[min(np.count_nonzero(prompt == assistant), len(turns)) - 1]
 
         executor = SimExecutor(
             sim_config(engine_config, model),
@@ -127,9 +141,87 @@ def serving(sim_model_dir: Path) -> Callable[..., Any]:
             yield harness
         finally:
             await harness.http.aclose()
+            await state.detach()
             await client.close()
 
     return make
+
+
+@dataclass
+class ReadCall:
+    name: str
+    call_id: str
+    arguments: str = ""
+
+
+@dataclass
+class ReadAnswer:
+    """What a client has when the events are over."""
+
+    reasoning: str
+    content: str
+    calls: list[ReadCall]
+    finish_reason: str | None
+
+
+@pytest.fixture(scope="session")
+def read_answer() -> Callable[..., ReadAnswer]:
+    """`read_answer(tokenizer, chunks of ids, ...)`: the parser as the server uses it, fed by no engine."""
+
+    def read(
+        tokenizer: Tokenizer,
+        chunks: Sequence[Sequence[int]],
+        *,
+        starts_in: StartsIn = "reasoning",
+        continues: bool = False,
+        tools: bool = True,
+        stops: Sequence[str] = (),
+        finish: FinishReason = "stop",
+        stop_token_id: int | None = 1,
+        streams_json: bool = False,
+    ) -> ReadAnswer:
+        answer = Answer(
+            OutputParser(
+                tokenizer,
+                starts_in=starts_in,
+                continues=continues,
+                tools=tools,
+                streams_json=streams_json,
+                skip_special=False,
+            ),
+            tokenizer,
+            hidden_ids=frozenset(),
+            num_prompt_tokens=1,
+            sampling=SamplingParams(),
+            stop=stops,
+            include_stop=False,
+            eos_token_id=1,
+        )
+        last = RequestOutput(
+            token_ids=(1,) if finish == "stop" else (),
+            finish_reason=finish,
+            stop_token_id=stop_token_id if finish == "stop" else None,
+        )
+        read = ReadAnswer("", "", [], None)
+        for output in [*(RequestOutput(token_ids=tuple(ids)) for ids in chunks), last]:
+            event = answer.add(output)
+            assert not (event.content and read.calls), "content comes before calls"
+            assert not (event.reasoning and (read.content or read.calls)), "reasoning comes first"
+            read.reasoning += event.reasoning
+            read.content += event.content
+            for piece in event.calls:
+                if piece.call_id is not None:
+                    assert piece.name is not None and not piece.arguments and piece.index == len(read.calls)
+                    read.calls.append(ReadCall(piece.name, piece.call_id))
+                else:
+                    assert piece.name is None and piece.index == len(read.calls) - 1
+                    read.calls[-1].arguments += piece.arguments
+            read.finish_reason = event.finish_reason
+            if event.finish_reason is not None:
+                break
+        return read
+
+    return read
 
 
 class ServerProcess:

@@ -14,6 +14,11 @@ NOT_A_NUMBER = ["1", [], {}, True]
 NOT_AN_INTEGER = ["1", [], {}, True, 1.5, 1.0]
 NOT_A_BOOLEAN = ["true", 1, 0, [], {}]
 
+BAD_FUNCTIONS = [
+    *({"name": name} for name in (1, "", "a b", "é", "x" * 129, None)),
+    *({"name": "f", "description": 1}, {"name": "f", "parameters": []}, {"name": "f", "strict": "yes"}),
+]
+
 COMMON: dict[str, list[Any]] = {
     "model": [1, "", [], {}, True],
     "stream": NOT_A_BOOLEAN,
@@ -36,17 +41,32 @@ COMMON: dict[str, list[Any]] = {
     "return_token_ids": NOT_A_BOOLEAN,
     "priority": [*NOT_AN_INTEGER, HUGE, -1001],
     "cache_salt": [1, [], {}, True, "s" * 257],
-    "n": [0, 2, -1, "1", 1.0, True, HUGE],
+    "extra_key": [1, [], {}, True, "s" * 257],
+    "user_id": [1, [], {}, True, "", "a b", "é", "u" * 513],
+    "n": [0, 9, -1, "1", 1.0, True, HUGE],
     "use_beam_search": [True],
-    "bad_words": [["a"]],
-    "allowed_token_ids": [[1]],
-    "prompt_logprobs": [0, 1],
+    "bad_words": [1, "x", {}, [1], [""], ["x" * 1025], ["x"] * 129],
+    "allowed_token_ids": [1, "x", {}, [], ["a"], [-1], [2048], [HUGE], [1.0], [True]],
+    "prompt_logprobs": [*NOT_AN_INTEGER, -1, 21],
+    "thinking_token_budget": [*NOT_AN_INTEGER, -2, HUGE],
+    "thinking_budget": [*NOT_AN_INTEGER, -2, HUGE],
+    "max_thinking_tokens": [*NOT_AN_INTEGER, -2, HUGE],
+    "skip_special_tokens": NOT_A_BOOLEAN,
+    "return_tokens_as_token_ids": NOT_A_BOOLEAN,
+    "no_stop_trim": NOT_A_BOOLEAN,
+    "truncation_side": [1, "up", [], True],
+    "detokenize": [False, 1],
+    "stop_regex": ["a+"],
+    "logprob_token_ids": [[1]],
+    "return_hidden_states": [True],
     "prompt_embeds": ["AAAA"],
-    "structured_outputs": [{"regex": "(a+)+$"}],
-    "guided_json": [{}],
-    "guided_regex": ["a"],
-    "response_format": [{"type": "json_object"}, {"type": "json_schema"}, "text", {"type": "banana"}],
-    "truncate_prompt_tokens": [5],
+    "structured_outputs": [{"regex": "(a"}, {"structural_tag": "{}"}, {"json": {}, "regex": "a"}, {"banana": 1}],
+    "guided_json": [1, "x", {"not": {}}, {"type": "banana"}, False],
+    "guided_regex": [1, "", "(a", "(a)\\1"],
+    "response_format": [{"type": "json_schema"}, "text", {"type": "banana"}, {}],
+    "guided_choice": [[], "a", [1], [""]],
+    "guided_grammar": [1, "", "root := x", "start: <[1]>", "start: %json {}"],
+    "truncate_prompt_tokens": [*NOT_AN_INTEGER, -2, 0, HUGE],
     "kv_transfer_params": [{"host": "10.0.0.1"}],
     "custom_logit_processor": ["x"],
 }
@@ -55,11 +75,36 @@ CHAT = COMMON | {
     "max_completion_tokens": [*NOT_AN_INTEGER, 0, -1, HUGE],
     "thinking": [1, "enabled", [], True, {}, {"type": "banana"}, {"type": 1}],
     "reasoning_effort": [1, [], {}, True, "banana", ""],
-    "chat_template_kwargs": [1, "x", [], True, {"thinking": 1}, {"enable_thinking": "no"}, {"reasoning_effort": 3}],
+    "chat_template_kwargs": [
+        1,
+        "x",
+        [],
+        True,
+        {"thinking": 1},
+        {"enable_thinking": "no"},
+        {"reasoning_effort": 3},
+        {"x": 1},
+    ],
+    "reasoning": [1, "high", [], {"enabled": 1}, {"exclude": "yes"}, {"summary": "auto"}],
+    "include_reasoning": NOT_A_BOOLEAN,
+    "separate_reasoning": NOT_A_BOOLEAN,
+    "stream_reasoning": NOT_A_BOOLEAN,
     "logprobs": [*NOT_A_BOOLEAN, 5],
     "top_logprobs": [*NOT_AN_INTEGER, -1, 21, 5],
-    "tools": [[{"type": "function", "function": {"name": "f"}}], {}, "x"],
-    "tool_choice": ["required", {"type": "function"}],
+    "tools": [
+        *({}, "x", [1], [{}], [{"type": "web_search"}], [{"type": "function"}], [{"type": "function", "function": {}}]),
+        *([{"type": "function", "function": function}] for function in BAD_FUNCTIONS),
+        [{"type": "function", "function": {"name": "f"}}] * 2,
+        [{"type": "function", "function": {"name": f"f{n}"}} for n in range(129)],
+    ],
+    "tool_choice": [
+        *("required", "x", 1, [], {}, {"type": "function"}, {"type": "function", "function": {"name": "f"}}),
+        *({"type": "custom", "custom": {"name": "f"}}, {"type": "allowed_tools"}),
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "none", "tools": [{"type": "function"}]}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "function"}]}},
+    ],
+    "parallel_tool_calls": NOT_A_BOOLEAN,
     "functions": [[{"name": "f"}]],
     "audio": [{"voice": "a"}],
     "modalities": [["text", "audio"]],
@@ -68,7 +113,7 @@ CHAT = COMMON | {
     "chat_template": ["{{ 1 }}"],
     "continue_final_message": [True],
     "add_generation_prompt": [False],
-    "thinking_token_budget": [10],
+    "prompt_logprobs": [*COMMON["prompt_logprobs"], 0, 1],
 }
 COMPLETIONS = COMMON | {
     "prompt": [
@@ -90,9 +135,11 @@ COMPLETIONS = COMMON | {
         ["a"] * 129,
     ],
     "logprobs": [*NOT_AN_INTEGER, -1, 21],
-    "echo": [True],
-    "best_of": [2],
-    "suffix": ["x"],
+    "echo": NOT_A_BOOLEAN,
+    "best_of": [*NOT_AN_INTEGER, 0, 2, HUGE],
+    "suffix": [1, [], {}, True],
+    "parse_special": NOT_A_BOOLEAN,
+    "max_tokens": [*NOT_AN_INTEGER, 0, -1, HUGE, 2**31],
 }
 BASE = {
     "/v1/chat/completions": {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4},
@@ -256,7 +303,8 @@ def test_context_length(serving: Any) -> None:
             # Long in characters, short in tokens.
             special = "<｜User｜>" * 300
             assert len(special) > 512
-            assert (await server.complete(special)).status_code == 200
+            assert (await server.complete(special)).status_code == 400
+            assert (await server.complete(special, parse_special=True)).status_code == 200
             for field in ("max_tokens", "max_completion_tokens"):
                 error = check_error(await server.chat("x" * 400, **{field: 500}, **off), 400)
                 assert (error["code"], error["param"]) == ("context_length_exceeded", field)
@@ -275,7 +323,6 @@ def test_unknown_model_and_routes(serving: Any) -> None:
             listed = (await server.http.get("/v1/models")).json()
             assert [m["id"] for m in listed["data"]] == ["sim"]
             for method, path, status in (
-                ("GET", "/", 404),
                 ("GET", "/docs", 404),
                 ("GET", "/openapi.json", 404),
                 ("GET", "/redoc", 404),
@@ -286,13 +333,15 @@ def test_unknown_model_and_routes(serving: Any) -> None:
                 ("POST", "/health", 405),
                 ("GET", "/../etc/passwd", 404),
                 ("GET", "/%00", 404),
-                ("GET", "//v1/models", 404),
+                ("GET", "/v1//models", 404),
             ):
                 check_error(
                     await server.http.request(method, path, headers={"content-type": "application/json"}), status
                 )
             head = await server.http.head("/")
-            assert head.status_code == 404
+            assert (head.status_code, head.content) == (200, b"")
+            head = await server.http.head("/v1/chat/completions")
+            assert (head.status_code, head.content) == (405, b"")
             options = await server.http.options(
                 "/v1/models", headers={"origin": "http://evil", "access-control-request-method": "POST"}
             )

@@ -8,6 +8,8 @@ torch's products return them; the softmax is computed in fp32 inside. Workspace:
 and SCORES scores.
 """
 
+from itertools import accumulate, pairwise
+
 import torch
 from torch import Tensor
 
@@ -132,23 +134,53 @@ def _dense(
     for first in range(0, length, tile):
         last = min(first + tile, length)
         low = max(own_0 + first - size + 1, step.window.base_rows[request])
-        keys, absent = [window_NC[low : own_0 + last]], [_band(first, last, own_0 - low, size, q_THC.device)]
+        window = window_NC[low : own_0 + last]
+        absent = [_band(first, last, own_0 - low, size, q_THC.device)]
+        columns = [slice(0, window.shape[0])]
+        parts = [window]
         if entry_EC is not None and entries is not None:
-            seen = (step.start_positions[request] + last) // entries.ratio
-            keys.append(entry_EC[:seen])
+            all_see, seen = ((step.start_positions[request] + n) // entries.ratio for n in (first + 1, last))
+            parts.append(entry_EC[:seen])
+            # Without a list only the last entries are hidden from any query of the tile.
+            hidden = all_see if listed is None else 0
+            columns.append(slice(window.shape[0] + hidden, window.shape[0] + seen))
             if listed is None:
                 visible = entries.visible_T[token_0 + first : token_0 + last]
-                absent.append(torch.arange(seen, device=q_THC.device) >= visible.unsqueeze(1))
+                absent.append(torch.arange(hidden, seen, device=q_THC.device) >= visible.unsqueeze(1))
             else:
                 absent.append(_unselected(listed[first:last], seen))
-        keys.append(window_NC.new_zeros(1, channels))
-        rows_KC = torch.cat(keys)
         q = q_THC[token_0 + first : token_0 + last].reshape(-1, channels)
-        scores = torch.addmm(q.new_empty(()), q, rows_KC.t(), beta=0, alpha=scale).view(last - first, heads, -1)
-        scores[..., -1] = sink_H
-        scores[..., :-1].masked_fill_(torch.cat(absent, dim=1).unsqueeze(1), float("-inf"))
-        p = scores.softmax(-1).view(-1, rows_KC.shape[0])
-        torch.mm(p, rows_KC, out=out_THC[token_0 + first : token_0 + last].view(-1, channels))
+        out = out_THC[token_0 + first : token_0 + last].view(-1, channels)
+        _softmax_parts(out, q, parts, columns, absent, sink_H, scale)
+
+
+def _softmax_parts(
+    out_XC: Tensor,
+    q_XC: Tensor,
+    parts: list[Tensor],
+    columns: list[slice],
+    absent: list[Tensor],
+    sink_H: Tensor,
+    scale: float,
+) -> None:
+    """Queries of T tokens and H heads over the rows of all parts [N, C] and the sink, into `out_XC`.
+
+    `absent` [T, columns] says which of these columns of all rows a query may not see.
+    """
+    heads = sink_H.shape[0]
+    ends = [0, *accumulate(part.shape[0] for part in parts)]
+    scores = q_XC.new_empty(q_XC.shape[0], ends[-1] + 1)
+    spans = [slice(*span) for span in pairwise(ends)]
+    for span, part in zip(spans, parts, strict=True):
+        torch.addmm(q_XC.new_empty(()), q_XC, part.t(), beta=0, alpha=scale, out=scores[:, span])
+    scores_THK = scores.view(-1, heads, scores.shape[1])
+    scores_THK[..., -1] = sink_H
+    for where, missing in zip(columns, absent, strict=True):
+        scores_THK[..., where].masked_fill_(missing.unsqueeze(1), float("-inf"))
+    p = scores.softmax(-1)
+    out_XC.zero_()
+    for span, part in zip(spans, parts, strict=True):
+        out_XC.addmm_(p[:, span], part)
 
 
 def _band(first: int, last: int, own: int, size: int, device: torch.device) -> Tensor:

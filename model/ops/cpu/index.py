@@ -1,18 +1,22 @@
 """Index scores as matrix products over all heads of a tile of queries; the same top-k as the reference.
 
-Scores are rounded to the model's dtype, as torch's products return them. Workspace: SCORES products and ENTRY_BLOCK
-keys of each query tile, whatever the context.
+Keys are read once for each request, in blocks; of each block the scores of a tile of queries are made piece by piece,
+so that the products of all heads stay in the cache. Scores are rounded to the model's dtype, as torch's products return
+them. Workspace: KEYS keys, PRODUCTS products and the scores of a block, whatever the context.
 """
 
 import torch
 from torch import Tensor
 
 from model.kv_cache import RowStore
-from model.ops.reference.index import TopK, weighted_heads
+from model.ops.cpu.topk import GroupedTopK
+from model.ops.reference.index import weighted_heads
 from model.step import EntryPlan, Step
 
-SCORES = 1 << 21
-ENTRY_BLOCK = 4096
+PRODUCTS = 1 << 18
+QUERIES = 128
+LEAST_KEYS = 128
+ENTRY_BLOCK = 8192
 KEYS = 1 << 17
 
 
@@ -52,7 +56,7 @@ def _decode(
     q, weights = q_TIJ.index_select(0, tokens), weights_TI.index_select(0, tokens)
     visible = entries.visible_T.index_select(0, tokens)
     request = step.batch.request_index_T.index_select(0, tokens).unsqueeze(1)
-    best = TopK(tokens.shape[0], topk, out.device)
+    best = GroupedTopK(tokens.shape[0], topk, out.device)
     most = int(visible.max())
     for start in range(0, most, ENTRY_BLOCK):
         entry = torch.arange(start, min(start + ENTRY_BLOCK, most), device=out.device).expand(tokens.shape[0], -1)
@@ -60,7 +64,7 @@ def _decode(
         rows = entries.rows(request, entry.masked_fill(unseen, 0))
         products = torch.bmm(q, keys.read(rows).transpose(1, 2))
         scores = _weigh(products, weights, low_precision)
-        best.merge(scores.masked_fill_(unseen, float("-inf")), entry)
+        best.merge(scores.masked_fill_(unseen, float("-inf")), start)
     out[tokens, : best.entries.shape[1]] = best.entries
 
 
@@ -76,28 +80,45 @@ def _prefill(
     low_precision: bool,
 ) -> None:
     token_0, length = step.query_starts[request], step.query_lens[request]
-    heads, channels = q_TIJ.shape[1:]
+    position_0, heads = step.start_positions[request], q_TIJ.shape[1]
     count = entries.visible_after[request]
     rows = entries.request_rows(request, count)
-    block = min(ENTRY_BLOCK, max(count, 1))
-    tile = max(16, SCORES // (heads * block))
-    whole = keys.read(rows) if count <= ENTRY_BLOCK else None
-    for first in range(token_0, token_0 + length, tile):
-        part = slice(first, min(first + tile, token_0 + length))
-        visible = entries.visible_T[part]
-        seen = (step.start_positions[request] + part.stop - token_0) // entries.ratio
-        best = TopK(part.stop - first, topk, out.device)
-        for start in range(0, seen, ENTRY_BLOCK):
-            stop = min(start + ENTRY_BLOCK, seen)
-            block_NJ = whole[:stop] if whole is not None else keys.read(rows[start:stop])
-            products = torch.mm(q_TIJ[part].reshape(-1, channels), block_NJ.t()).view(-1, heads, stop - start)
-            entry = torch.arange(start, stop, device=out.device).expand(products.shape[0], -1)
-            scores = _weigh(products, weights_TI[part], low_precision)
-            best.merge(scores.masked_fill_(entry >= visible.unsqueeze(1), float("-inf")), entry)
-        out[part, : best.entries.shape[1]] = best.entries
+    size = min(QUERIES, max(1, PRODUCTS // (heads * LEAST_KEYS)))
+    tiles = [slice(first, min(first + size, token_0 + length)) for first in range(token_0, token_0 + length, size)]
+    best = [GroupedTopK(tile.stop - tile.start, topk, out.device) for tile in tiles]
+    for start in range(0, count, ENTRY_BLOCK):
+        keys_NJ = keys.read(rows[start : start + ENTRY_BLOCK])
+        for tile, found in zip(tiles, best, strict=True):
+            # The first query of the tile sees this many entries of the block, and the last one so many.
+            all_see, seen = (
+                min((position_0 + token - token_0) // entries.ratio - start, keys_NJ.shape[0])
+                for token in (tile.start + 1, tile.stop)
+            )
+            if seen <= 0:
+                continue
+            scores_TN = _scores(q_TIJ[tile], weights_TI[tile], keys_NJ[:seen], low_precision)
+            if all_see < seen:
+                low = max(0, all_see)
+                entry = torch.arange(start + low, start + seen, device=out.device)
+                scores_TN[:, low:].masked_fill_(entry >= entries.visible_T[tile].unsqueeze(1), float("-inf"))
+            found.merge(scores_TN, start)
+    for tile, found in zip(tiles, best, strict=True):
+        out[tile, : found.entries.shape[1]] = found.entries
+
+
+def _scores(q_TIJ: Tensor, weights_TI: Tensor, keys_NJ: Tensor, low_precision: bool) -> Tensor:
+    """fp32 [T, N]."""
+    queries, heads, channels = q_TIJ.shape
+    q = q_TIJ.reshape(-1, channels)
+    scores_TN = q.new_empty(queries, keys_NJ.shape[0], dtype=torch.float32)
+    size = max(LEAST_KEYS, PRODUCTS // (queries * heads))
+    for first in range(0, keys_NJ.shape[0], size):
+        products = torch.mm(q, keys_NJ[first : first + size].t()).view(queries, heads, -1)
+        scores_TN[:, first : first + size] = _weigh(products, weights_TI, low_precision)
+    return scores_TN
 
 
 def _weigh(products_TIN: Tensor, weights_TI: Tensor, low_precision: bool) -> Tensor:
     if low_precision:
         return weighted_heads(products_TIN, weights_TI, low_precision)
-    return torch.bmm(weights_TI.unsqueeze(1), products_TIN.relu_()).squeeze(1).float()
+    return torch.bmm(weights_TI.unsqueeze(1), products_TIN.relu_()).squeeze(1)

@@ -1,0 +1,538 @@
+"""Files and batches in one process: what is kept, who sees it, how lines run, and every way a batch can end."""
+
+import asyncio
+import contextlib
+import json
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.app import create_routes
+from server.batches import files as files_module
+from server.batches import lane
+from server.batches.check import MOST_LINES, InvalidBatch, read_body, read_lines
+from server.batches.database import Database
+from server.batches.runner import BatchRunner
+from server.config import ServerConfig, ServerConfigError
+from server.errors import ApiError
+
+CHAT = "/v1/chat/completions"
+KEYS = ("key-of-alice", "key-of-bob")
+
+
+def request_line(custom_id: Any, *, url: str = CHAT, **body: Any) -> dict[str, Any]:
+    body = {"model": "sim", "max_tokens": 8, **body}
+    if url == CHAT:
+        body = {"messages": [{"role": "user", "content": "hi"}], **body}
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+def jsonl(lines: list[Any]) -> bytes:
+    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def head(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"authorization": f"Bearer {key}"}
+
+
+async def upload(server: Any, data: bytes, *, key: str | None = None, **fields: str) -> Any:
+    return await server.http.post(
+        "/v1/files", files={"file": ("in.jsonl", data)}, data={"purpose": "batch", **fields}, headers=head(key)
+    )
+
+
+async def submit(server: Any, lines: list[Any], *, key: str | None = None, **fields: Any) -> Any:
+    file = (await upload(server, jsonl(lines), key=key)).json()["id"]
+    body = {"input_file_id": file, "endpoint": CHAT, "completion_window": "24h", **fields}
+    answer = await server.post("/v1/batches", body, headers=head(key))
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+async def get(server: Any, batch: Any, key: str | None = None) -> Any:
+    return (await server.http.get(f"/v1/batches/{batch['id']}", headers=head(key))).json()
+
+
+async def until(server: Any, batch: Any, *states: str, key: str | None = None) -> Any:
+    async with asyncio.timeout(10):
+        while (found := await get(server, batch, key))["status"] not in states:
+            await asyncio.sleep(0.01)
+    return found
+
+
+async def rows(server: Any, file_id: str, key: str | None = None) -> list[Any]:
+    answer = await server.http.get(f"/v1/files/{file_id}/content", headers=head(key))
+    assert answer.status_code == 200
+    assert answer.headers["content-length"] == str(len(answer.content))
+    return [json.loads(line) for line in answer.content.splitlines()]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@asynccontextmanager
+async def running(server: Any, clock: Any = None) -> AsyncIterator[BatchRunner]:
+    """A runner, as `fathom serve` starts one."""
+    if clock is not None:
+        server.state.files._clock = server.state.batches._clock = clock
+    lane_state = server.state.batch_lane()
+    options = {} if clock is None else {"clock": clock}
+    runner = BatchRunner(server.state, lane_state, create_routes(lane_state), **options)
+    task = asyncio.create_task(runner.run())
+    try:
+        yield runner
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def test_a_batch_from_upload_to_results(serving: Any) -> None:
+    lines = [request_line(f"id-{n}", seed=n) for n in range(20)]
+    lines[3]["body"]["temperature"] = 9
+    lines[4]["body"]["model"] = "other"
+    lines[5]["body"]["stream"] = True
+
+    async def main() -> None:
+        async with serving() as server, running(server):
+            batch = await submit(server, lines, metadata={"who": "me"})
+            assert (batch["object"], batch["status"], batch["model"]) == ("batch", "validating", "sim")
+            assert batch["expires_at"] == batch["created_at"] + 24 * 3600
+            done = await until(server, batch, "completed")
+            assert done["request_counts"] == {"total": 20, "completed": 17, "failed": 3}
+            assert done["metadata"] == {"who": "me"}
+            moments = [done[name] for name in ("created_at", "in_progress_at", "finalizing_at", "completed_at")]
+            assert moments == sorted(moments)
+            assert [done[f"{name}_at"] for name in ("failed", "expired", "cancelling", "cancelled")] == [None] * 4
+            answers = await rows(server, done["output_file_id"])
+            assert [a["custom_id"] for a in answers] == [f"id-{n}" for n in range(20) if n not in (3, 4, 5)]
+            assert len({a["id"] for a in answers}) == 17
+            usage = {"prompt_tokens": 0, "completion_tokens": 0}
+            for answer in answers:
+                assert answer["error"] is None
+                assert answer["response"]["status_code"] == 200
+                assert answer["response"]["request_id"].startswith("req-")
+                body = answer["response"]["body"]
+                assert body["object"] == "chat.completion"
+                for name in usage:
+                    usage[name] += body["usage"][name]
+            assert done["usage"]["input_tokens"] == usage["prompt_tokens"] > 0
+            assert done["usage"]["output_tokens"] == usage["completion_tokens"] > 0
+            assert done["usage"]["total_tokens"] == sum(usage.values())
+            errors = await rows(server, done["error_file_id"])
+            assert [(e["custom_id"], e["response"]["status_code"]) for e in errors] == [
+                *(("id-3", 400), ("id-4", 404), ("id-5", 400)),
+            ]
+            params = [e["response"]["body"]["error"]["param"] for e in errors]
+            assert params == ["temperature", "model", "stream"]
+            # The same seed gives the same answer outside a batch.
+            alone = (await server.post(CHAT, lines[0]["body"])).json()
+            assert alone["choices"] == answers[0]["response"]["body"]["choices"]
+            text = (await server.http.get("/metrics")).text
+            assert 'fathom_batch_lines_total{outcome="completed"} 17.0' in text
+            assert 'fathom_batch_lines_total{outcome="failed"} 3.0' in text
+            # Nobody waited for these, so no latency was measured but that of the one above.
+            assert 'vllm:time_to_first_token_seconds_count{engine="0",model_name="sim"} 1.0' in text
+            await server.idle()
+
+    asyncio.run(main())
+
+
+def test_completions_and_listing(serving: Any) -> None:
+    async def main() -> None:
+        async with serving(answer="abc") as server, running(server):
+            line = request_line("a", url="/v1/completions", prompt=["x", "y"])
+            batches = [await submit(server, [line], endpoint="/v1/completions") for _ in range(3)]
+            for batch in batches:
+                done = await until(server, batch, "completed")
+                assert done["error_file_id"] is None
+                (row,) = await rows(server, done["output_file_id"])
+                assert [c["text"] for c in row["response"]["body"]["choices"]] == ["abc", "abc"]
+            newest_first = [batch["id"] for batch in reversed(batches)]
+            page = (await server.http.get("/v1/batches?limit=2")).json()
+            assert ([b["id"] for b in page["data"]], page["has_more"]) == (newest_first[:2], True)
+            page = (await server.http.get(f"/v1/batches?limit=2&after={page['last_id']}")).json()
+            assert ([b["id"] for b in page["data"]], page["has_more"]) == (newest_first[2:], False)
+            inputs = (await server.http.get("/v1/files?purpose=batch&order=asc")).json()["data"]
+            assert [f["id"] for f in inputs] == [b["input_file_id"] for b in batches]
+            outputs = (await server.http.get("/v1/files?purpose=batch_output&limit=2")).json()
+            assert len(outputs["data"]) == 2 and outputs["has_more"]
+            assert all(f["filename"].endswith("_output.jsonl") for f in outputs["data"])
+
+    asyncio.run(main())
+
+
+BAD_FILES: list[tuple[bytes, str, int | None]] = [
+    (b"\n \n", "empty_file", None),
+    (b"{", "invalid_json_line", 1),
+    (b"[1]\n", "invalid_json_line", 1),
+    (b"\xff\xfe\n", "invalid_json_line", 1),
+    (b"[" * 1000 + b"\n", "invalid_json_line", 1),
+    (jsonl([request_line("a"), request_line("b"), request_line("a")]), "duplicate_custom_id", 3),
+    (jsonl([request_line("a"), {}]), "invalid_custom_id", 2),
+    (jsonl([request_line(7)]), "invalid_custom_id", 1),
+    (jsonl([request_line("")]), "invalid_custom_id", 1),
+    (jsonl([request_line("x" * 1000)]), "invalid_custom_id", 1),
+    (jsonl([{**request_line("a"), "method": "GET"}]), "invalid_method", 1),
+    (jsonl([{**request_line("a"), "url": "/v1/files"}]), "mismatched_url", 1),
+    (jsonl([{**request_line("a"), "url": "http://evil/v1/chat/completions"}]), "mismatched_url", 1),
+    (jsonl([{**request_line("a"), "body": "x"}]), "invalid_body", 1),
+]
+
+
+def test_files_that_are_no_batch(serving: Any) -> None:
+    async def main() -> None:
+        async with serving(answer="x") as server, running(server):
+            for data, code, line in BAD_FILES:
+                file = (await upload(server, data)).json()["id"]
+                body = {"input_file_id": file, "endpoint": CHAT, "completion_window": "24h"}
+                failed = await until(server, (await server.post("/v1/batches", body)).json(), "failed")
+                assert failed["failed_at"] is not None
+                error = failed["errors"]["data"][0]
+                assert (error["code"], error["line"]) == (code, line), data
+                assert failed["request_counts"] == {"total": 0, "completed": 0, "failed": 0}
+
+    asyncio.run(main())
+
+
+def test_lines_of_a_file() -> None:
+    data = b"\r\n" + jsonl([request_line("a")]) + b"\n  \n" + jsonl([request_line("b", x="\u2028é")]).rstrip(b"\n")
+    first, second = read_lines(data, CHAT)
+    assert (first.number, second.number) == (2, 5)
+    for line, custom_id in ((first, "a"), (second, "b")):
+        text = data[line.start : line.start + line.size]
+        assert json.loads(text)["custom_id"] == custom_id
+        assert json.loads(read_body(text)) == json.loads(text)["body"]
+    with pytest.raises(InvalidBatch) as many:
+        read_lines(b"{\n" * 500, CHAT)
+    assert len(many.value.errors) == 100
+    short = b'{"custom_id":"%d","method":"POST","url":"/v1/chat/completions","body":{}}\n'
+    with pytest.raises(InvalidBatch) as long:
+        read_lines(b"".join(short % n for n in range(MOST_LINES + 1)), CHAT)
+    assert long.value.errors[0]["code"] == "too_many_requests"
+    with pytest.raises(ApiError, match="background"):
+        read_body(b'{"body": {"background": true}}')
+
+
+def test_uploads(serving: Any) -> None:
+    async def main() -> None:
+        async with serving(answer="x", config=ServerConfig(body_limit=5000, file_quota=10_000)) as server:
+            good = await upload(
+                server, b"x" * 3000, **{"expires_after[anchor]": "created_at"} | {"expires_after[seconds]": "3600"}
+            )
+            file = good.json()
+            assert {name: file[name] for name in ("object", "bytes", "filename", "purpose", "status")} == {
+                **{"object": "file", "bytes": 3000, "filename": "in.jsonl", "purpose": "batch", "status": "processed"},
+            }
+            assert file["expires_at"] == file["created_at"] + 3600
+            content = await server.http.get(f"/v1/files/{file['id']}/content")
+            assert content.content == b"x" * 3000
+            assert content.headers["content-type"] == "application/octet-stream"
+            assert content.headers["content-disposition"].startswith("attachment")
+            # Names are labels: none of them becomes a path.
+            for name in ("../../etc/passwd", "a/b", "x" * 1000, "\0", "ü"):
+                answer = await server.http.post("/v1/files", files={"file": (name, b"x")}, data={"purpose": "batch"})
+                assert answer.status_code == 200
+                assert len(answer.json()["filename"]) <= files_module.LONGEST_FILENAME
+            assert (await upload(server, b"x" * 6000)).status_code == 413
+            assert (await upload(server, b"x" * 4000)).status_code == 200
+            full = await upload(server, b"x" * 4000)
+            assert (full.status_code, full.json()["error"]["code"]) == (413, "storage_quota_exceeded")
+            assert (await server.http.delete(f"/v1/files/{file['id']}")).json()["deleted"] is True
+            assert (await server.http.get(f"/v1/files/{file['id']}/content")).status_code == 404
+            assert (await upload(server, b"x" * 4000)).status_code == 200
+
+            refused: list[tuple[dict[str, Any], int, str | None]] = [
+                ({"files": {"file": ("a", b"x")}, "data": {"purpose": "fine-tune"}}, 400, "purpose"),
+                ({"files": {"file": ("a", b"x")}}, 400, "purpose"),
+                ({"files": {"other": ("a", b"x")}, "data": {"purpose": "batch"}}, 400, "file"),
+                ({"files": {"file": ("a", b"")}, "data": {"purpose": "batch"}}, 400, "file"),
+                ({"json": {"purpose": "batch", "file": "x"}}, 415, None),
+                ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 415, None),
+                ({"content": b"x", "headers": {"content-type": "multipart/form-data; boundary=b"}}, 400, None),
+                (
+                    {"content": b"--b\r\n\r\n", "headers": {"content-type": "multipart/form-data; boundary=b"}},
+                    400,
+                    None,
+                ),
+                (
+                    {"files": {"file": ("a", b"x")}, "data": {"purpose": "batch", "expires_after[anchor]": "now"}},
+                    *(400, "expires_after[anchor]"),
+                ),
+                (
+                    {
+                        "files": {"file": ("a", b"x")},
+                        "data": {
+                            **{"purpose": "batch", "expires_after[anchor]": "created_at"},
+                            "expires_after[seconds]": "5",
+                        },
+                    },
+                    *(400, "expires_after[seconds]"),
+                ),
+                (
+                    {
+                        **{"files": {"file": ("a", b"x")}, "data": {"purpose": "batch"}},
+                        "headers": {"origin": "http://evil"},
+                    },
+                    *(403, None),
+                ),
+            ]
+            for arguments, status, param in refused:
+                answer = await server.http.post("/v1/files", **arguments)
+                assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), arguments
+
+    asyncio.run(main())
+
+
+def test_keys_do_not_see_each_other(serving: Any) -> None:
+    alice, bob = KEYS
+
+    async def main() -> None:
+        async with serving(answer="x", keys=KEYS) as server, running(server):
+            batch = await submit(server, [request_line("a")], key=alice)
+            done = await until(server, batch, "completed", key=alice)
+            paths = [
+                *(f"/v1/files/{done[name]}" for name in ("input_file_id", "output_file_id")),
+                *(f"/v1/files/{done[name]}/content" for name in ("input_file_id", "output_file_id")),
+                f"/v1/batches/{done['id']}",
+                f"/v1/files?after={done['input_file_id']}",
+                f"/v1/batches?after={done['id']}",
+            ]
+            for path in paths:
+                assert (await server.http.get(path, headers=head(bob))).status_code == 404, path
+                assert (await server.http.get(path)).status_code == 401
+            assert (await server.http.delete(paths[0], headers=head(bob))).status_code == 404
+            assert (await server.http.post(paths[4] + "/cancel", headers=head(bob))).status_code == 404
+            for path in ("/v1/files", "/v1/batches"):
+                assert (await server.http.get(path, headers=head(bob))).json()["data"] == []
+            body = {"input_file_id": done["input_file_id"], "endpoint": CHAT, "completion_window": "24h"}
+            answer = await server.post("/v1/batches", body, headers=head(bob))
+            assert (answer.status_code, answer.json()["error"]["param"]) == (404, "input_file_id")
+
+    asyncio.run(main())
+
+
+def test_wrong_batches(serving: Any) -> None:
+    async def main() -> None:
+        async with serving(answer="x") as server:
+            file = (await upload(server, jsonl([request_line("a")]))).json()["id"]
+            good = {"input_file_id": file, "endpoint": CHAT, "completion_window": "24h"}
+            wrong: list[tuple[dict[str, Any], int, str]] = [
+                ({"endpoint": "/v1/embeddings"}, 400, "endpoint"),
+                ({"endpoint": "/v1/files"}, 400, "endpoint"),
+                ({"completion_window": "soon"}, 400, "completion_window"),
+                ({"completion_window": "0h"}, 400, "completion_window"),
+                ({"completion_window": "721h"}, 400, "completion_window"),
+                ({"metadata": {str(n): "x" for n in range(17)}}, 400, "metadata"),
+                ({"metadata": {"a": 1}}, 400, "metadata.a"),
+                ({"input_file_id": "file-nope"}, 404, "input_file_id"),
+                ({"input_file_id": "' OR 1=1 --"}, 404, "input_file_id"),
+                ({"output_expires_after": {"anchor": "created_at", "seconds": 1}}, 400, "output_expires_after.seconds"),
+            ]
+            for change, status, param in wrong:
+                answer = await server.post("/v1/batches", {**good, **change})
+                assert (answer.status_code, answer.json()["error"]["param"]) == (status, param), change
+            for path, param in (("/v1/batches?limit=0", "limit"), ("/v1/files?order=up", "order")):
+                answer = await server.http.get(path)
+                assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+            batch = (await server.post("/v1/batches", good)).json()
+            busy = await server.http.delete(f"/v1/files/{file}")
+            assert (busy.status_code, busy.json()["error"]["code"]) == (400, "file_in_use")
+            assert batch["status"] == "validating"
+
+    asyncio.run(main())
+
+
+def test_cancel(serving: Any) -> None:
+    async def main() -> None:
+        async with serving(step_seconds=0.01) as server, running(server):
+            lines = [request_line(str(n), max_tokens=20, ignore_eos=True) for n in range(200)]
+            batch = await submit(server, lines)
+            while not (await get(server, batch))["request_counts"]["completed"]:
+                await asyncio.sleep(0.01)
+            answer = (await server.http.post(f"/v1/batches/{batch['id']}/cancel")).json()
+            assert (answer["status"], answer["cancelling_at"] is not None) == ("cancelling", True)
+            done = await until(server, batch, "cancelled")
+            assert 0 < done["request_counts"]["completed"] < 200
+            assert len(await rows(server, done["output_file_id"])) == done["request_counts"]["completed"]
+            assert done["error_file_id"] is None
+            await server.idle()
+            again = await server.http.post(f"/v1/batches/{batch['id']}/cancel")
+            assert again.status_code == 400
+
+    asyncio.run(main())
+
+
+def test_expiry_of_batches_and_files(serving: Any) -> None:
+    async def main() -> None:
+        clock = Clock()
+        async with serving(step_seconds=0.01) as server, running(server, clock):
+            lines = [request_line(str(n), max_tokens=20, ignore_eos=True) for n in range(100)]
+            batch = await submit(server, lines, output_expires_after={"anchor": "created_at", "seconds": 7200})
+            while not (await get(server, batch))["request_counts"]["completed"]:
+                await asyncio.sleep(0.01)
+            clock.now += 24 * 3600
+            done = await until(server, batch, "expired")
+            counts = done["request_counts"]
+            assert counts["completed"] + counts["failed"] == counts["total"] == 100
+            answered = await rows(server, done["output_file_id"])
+            errors = await rows(server, done["error_file_id"])
+            ids = [row["custom_id"] for row in answered + errors]
+            assert sorted(ids, key=int) == [str(n) for n in range(100)]
+            assert {(e["response"], e["error"]["code"]) for e in errors} == {(None, "batch_expired")}
+            await server.idle()
+            clock.now += 7200
+            assert (await server.http.get(f"/v1/files/{done['output_file_id']}")).status_code == 404
+            assert (await server.http.get(f"/v1/files/{done['input_file_id']}")).status_code == 200
+            clock.now += 31 * 24 * 3600
+            async with asyncio.timeout(10):
+                while (await server.http.get(f"/v1/batches/{batch['id']}")).status_code == 200:
+                    await asyncio.sleep(0.05)
+            counted = await server.state.database.run(
+                lambda c: [c.execute(f"SELECT COUNT(*) FROM {t}").fetchone()[0] for t in ("files", "contents", "lines")]
+            )
+            assert counted == [0, 0, 0]
+
+    asyncio.run(main())
+
+
+def test_interactive_requests_go_first(serving: Any) -> None:
+    async def main() -> None:
+        async with serving(step_seconds=0.005, max_num_seqs=4) as server, running(server) as runner:
+            lines = [request_line(str(n), max_tokens=200, ignore_eos=True) for n in range(50)]
+            batch = await submit(server, lines)
+            while not runner._num_running:
+                await asyncio.sleep(0.01)
+            for _ in range(10):
+                answer = await server.chat("hello", max_tokens=2, ignore_eos=True)
+                assert answer.status_code == 200
+                assert runner._num_running <= 2, "half of the slots stay free"
+            assert server.state.admission.queued_requests == 0, "lines do not fill the queue of the others"
+            done = await get(server, batch)
+            assert done["request_counts"]["completed"] < 50, "ten short requests did not wait for the batch"
+            await server.http.post(f"/v1/batches/{batch['id']}/cancel")
+            await until(server, batch, "cancelled")
+
+    asyncio.run(main())
+
+
+def test_room(serving: Any) -> None:
+    async def main() -> None:
+        async with serving(answer="x", max_num_seqs=8) as server:
+            state = server.state
+            assert lane.has_room(state, 0) and lane.has_room(state, 3)
+            assert not lane.has_room(state, 4)
+            waiting = [state.admission.enter("k", 5) for _ in range(3)]
+            assert not lane.has_room(state, 0), "others wait"
+            for ticket in waiting:
+                ticket.close()
+            with state.admission.enter("k", state.admission.max_queued_tokens):
+                assert not lane.has_room(state, 0), "a long one waits"
+            state.admission.draining = True
+            assert not lane.has_room(state, 0)
+
+    asyncio.run(main())
+
+
+def test_overload_is_waited_out_and_failures_are_tried_again(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    statuses = {"busy": [503, 429, 200], "broken": [500, 500, 500, 200], "shaky": [500, 200]}
+
+    async def post(app: Any, path: str, body: bytes, key_id: str) -> lane.Answer:
+        name = json.loads(body)["user"]
+        asked.append(name)
+        return lane.Answer(statuses[name].pop(0), "req-1", b'{"name":"%s"}' % name.encode())
+
+    async def main() -> None:
+        monkeypatch.setattr(lane, "post", post)
+        monkeypatch.setattr("server.batches.runner._FIRST_RETRY_SECONDS", 0.01)
+        async with serving(answer="x") as server, running(server):
+            batch = await submit(server, [request_line(name, user=name) for name in statuses])
+            done = await until(server, batch, "completed")
+            assert {r["custom_id"] for r in await rows(server, done["output_file_id"])} == {"busy", "shaky"}
+            (error,) = await rows(server, done["error_file_id"])
+            assert (error["custom_id"], error["response"]["status_code"]) == ("broken", 500)
+        assert sorted(asked) == ["broken"] * 3 + ["busy"] * 3 + ["shaky"] * 2
+
+    asyncio.run(main())
+
+
+def test_a_line_that_never_gets_an_answer_is_given_up(serving: Any) -> None:
+    async def main() -> None:
+        async with serving(answer="x") as server:
+            batch = await submit(server, [request_line("poison"), request_line("good")])
+            async with running(server):
+                await until(server, batch, "completed")
+            await server.state.database.run(
+                lambda c: c.execute("UPDATE lines SET ok = NULL, result = NULL, starts = 10 WHERE number = 1")
+            )
+            await server.state.database.run(
+                lambda c: c.execute("UPDATE batches SET status = 'in_progress', completed = 1, failed = 0")
+            )
+            async with running(server):
+                done = await until(server, batch, "completed")
+            (row,) = await rows(server, done["error_file_id"])
+            assert (row["custom_id"], row["response"], row["error"]["code"]) == ("poison", None, "too_many_attempts")
+
+    asyncio.run(main())
+
+
+def test_results_stop_at_the_quota(serving: Any) -> None:
+    async def main() -> None:
+        lines = [request_line(str(n)) for n in range(40)]
+        quota = len(jsonl(lines)) + 5000
+        async with serving(answer="x", config=ServerConfig(file_quota=quota)) as server, running(server):
+            done = await until(server, await submit(server, lines), "completed")
+            assert sum(done["request_counts"][name] for name in ("completed", "failed")) == 40
+            errors = await rows(server, done["error_file_id"])
+            assert {e["error"]["code"] for e in errors} == {"storage_quota_exceeded"}
+            assert 0 < len(errors) < 40
+
+    asyncio.run(main())
+
+
+def test_the_directory(tmp_path: Path, serving: Any) -> None:
+    directory = tmp_path / "a" / "data"
+    database = Database.open(str(directory))
+    with pytest.raises(ServerConfigError, match="in use"):
+        Database.open(str(directory))
+
+    async def use() -> None:
+        await database.run(lambda c: c.execute("SELECT 1"))
+        with pytest.raises(ZeroDivisionError):
+            await database.run(lambda c: [c.execute("DELETE FROM files"), 1 / 0])
+
+    asyncio.run(use())
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert {path.name for path in directory.iterdir()} >= {"fathom.sqlite3", "lock"}
+    for path in directory.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
+    database.close()
+    Database.open(str(directory)).close()
+    (directory / "fathom.sqlite3").write_bytes(b"no database at all" * 100)
+    with pytest.raises(ServerConfigError, match="cannot be used"):
+        Database.open(str(directory))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ServerConfigError, match="--data-dir"):
+        Database.open(str(tmp_path / "file"))
+
+
+def test_nothing_of_a_batch_is_logged(serving: Any, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+
+    async def main() -> None:
+        async with serving(answer="OUTPUTCANARY") as server, running(server):
+            lines = [request_line("CUSTOMCANARY", user="FIELDCANARY"), request_line("b", temperature="PROMPTCANARY")]
+            await until(server, await submit(server, lines), "completed")
+
+    asyncio.run(main())
+    assert "CANARY" not in caplog.text
