@@ -33,9 +33,6 @@ NO_CHOICES: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "include_reasoning": (True,),
-    "separate_reasoning": (True,),
-    "stream_reasoning": (True,),
 }
 """Fields of chat and completions that these APIs have no place for."""
 
@@ -52,7 +49,7 @@ def _input(value: object) -> object:
     return value
 
 
-class ResponsesBody(SamplingFields, ThinkingFields, FormatFields):
+class ResponsesBody(SamplingFields, ThinkingFields, FormatFields, ReasoningViewFields):
     REFUSED = (
         REFUSED_EVERYWHERE
         | NO_CHOICES
