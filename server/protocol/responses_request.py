@@ -10,7 +10,7 @@ from server import limits
 from server.chat_request import ChatRequest, OutputFormat
 from server.errors import bad_request
 from server.grammar.formats import output_format_of
-from server.protocol.common import LARGEST_INT32, FormatFields, SamplingFields, ThinkingFields
+from server.protocol.common import LARGEST_INT32, FormatFields, ReasoningViewFields, SamplingFields, ThinkingFields
 from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REFUSED_EVERYWHERE
 from server.protocol.members import member, not_supported, one_of, required
 from server.protocol.responses_items import later_tools, to_messages
