@@ -11,7 +11,7 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from server.chat_request import ChatRequest
+from server.chat_request import ChatRequest, OutputFormat
 from server.compat import as_deepseek
 from server.errors import bad_request, echo
 from server.generation import GenerationEvent
@@ -84,7 +84,7 @@ async def start_chat(
         limit_param=chat.max_tokens_param,
         lowers=chat.lowers_max_tokens,
     )
-    grammar = await build_grammar(serving.grammars, chat, serving.tokenizer)
+    grammar = await build_grammar(serving.grammars, chat, serving.tokenizer, left_out=context.ignored_fields)
     jobs = []
     for n, ticket in enumerate(tickets):
         ticket.count(num_prompt_tokens if n == 0 or not shares else 1)
@@ -129,7 +129,7 @@ def render_request(serving: Serving, chat: ChatRequest, turns: Turns | None = No
     truncates = chat.fields.truncate_prompt_tokens is not None
     check_text_length(serving, _contents(chat.messages), special=False, param=chat.messages_param, truncates=truncates)
     tools, choice = _rendered_tools(chat)
-    rendered = chat.output_format.rendered if chat.output_format is not None else None
+    rendered = _stated_format(chat.output_format)
     try:
         return render_chat(
             serving.tokenizer,
@@ -173,6 +173,15 @@ def default_tokens(tier: str | None, *, thinking: bool) -> int:
     if not thinking:
         return DEFAULT_TOKENS_CHAT
     return DEFAULT_TOKENS_MAX_EFFORT if tier == "max" else DEFAULT_TOKENS_THINKING
+
+
+def _stated_format(wanted: OutputFormat | None) -> dict[str, Any] | None:
+    """The format as the prompt states it: a schema as it was sent, for the grammar keeps all of it. Strict ones would
+    lose keywords and definitions in the encoder.
+    """
+    if wanted is None or wanted.rendered is None or wanted.rendered.get("type") != "json_schema":
+        return None if wanted is None else wanted.rendered
+    return {**wanted.rendered, "json_schema": {**wanted.rendered["json_schema"], "strict": False}}
 
 
 def _rendered_tools(chat: ChatRequest) -> tuple[list[dict[str, Any]] | None, Any]:

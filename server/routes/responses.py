@@ -19,6 +19,7 @@ from server.protocol.responses_items import listed
 from server.protocol.responses_object import settings
 from server.protocol.responses_request import PARAMS, ResponsesBody, ResponsesChat, to_chat
 from server.protocol.responses_store import EventLog, Stored
+from server.reasoning_view import reasoning_view
 from server.routes.background import run_in_background
 from server.routes.call import off_loop, read_body, renamed_params, state_of
 from server.routes.stream import EventStream, until_disconnect
@@ -61,7 +62,8 @@ async def create_response(request: Request) -> Response:
 
     with ExitStack() as stack:
         with renamed_params(PARAMS):
-            (events,) = (await start_chat(state, serving, context, asked.chat, num_bytes, stack)).choices
+            run = await start_chat(state, serving, context, asked.chat, num_bytes, stack)
+        (events,) = reasoning_view(run, body).choices
         if body.background:
             stored = keep(EventLog() if body.stream else None)
             run_in_background(state, stored, builder, events, stack.pop_all())
