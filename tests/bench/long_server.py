@@ -301,8 +301,9 @@ def prefill_flops(model: ModelConfig, start: int, end: int) -> float:
 
 
 def engine_pid(live: LiveServer) -> int:
-    """The child of the server's process."""
-    (pid,) = Path(f"/proc/{live.process.pid}/task/{live.process.pid}/children").read_text().split()
+    """The child of the server's process that runs the model."""
+    children = Path(f"/proc/{live.process.pid}/task/{live.process.pid}/children").read_text().split()
+    (pid,) = (p for p in children if b"engine.process" in Path(f"/proc/{p}/cmdline").read_bytes())
     return int(pid)
 
 

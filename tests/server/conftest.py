@@ -259,7 +259,7 @@ class ServerProcess:
 
     def engine_pid(self) -> int:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (pid,) = children
+        (pid,) = (p for p in children if b"engine.process" in Path(f"/proc/{p}/cmdline").read_bytes())
         return int(pid)
 
     def wait(self, seconds: float = 15.0) -> int:
