@@ -72,7 +72,7 @@ async def start_chat(
     ]
     turns = turns_of(state, context, chat)
     whole_prompt = await off_loop(num_bytes, lambda: render_request(serving, chat, turns))
-    prompt = _truncated(serving, chat, whole_prompt)
+    prompt = truncated_prompt(serving, chat, whole_prompt)
     num_prompt_tokens = len(prompt.token_ids)
     check_prompt_logprobs([num_prompt_tokens], sampling.prompt_logprobs, "prompt_logprobs")
     max_tokens = completion_budget(
@@ -121,7 +121,7 @@ def turns_of(state: ServerState, context: RequestContext, chat: ChatRequest) -> 
 
 
 def render_request(serving: Serving, chat: ChatRequest, turns: Turns | None = None) -> Prompt:
-    """The prompt of a request, without running it; with `turns`, exactly the one that would run.
+    """The whole prompt of a request, without running it; with `turns`, exactly the one that would run.
 
     Raises:
         ApiError: 400 with `param`.
@@ -152,13 +152,15 @@ def render_request(serving: Serving, chat: ChatRequest, turns: Turns | None = No
         raise bad_request(echo(str(error)), param=param) from None
 
 
-def _truncated(serving: Serving, chat: ChatRequest, prompt: Prompt) -> Prompt:
+def truncated_prompt(serving: Serving, chat: ChatRequest, prompt: Prompt) -> Prompt:
+    """What `truncate_prompt_tokens` leaves of the prompt; the same object when that is all of it."""
     kept = truncated(prompt.token_ids, chat.fields, serving.max_request_tokens, chat.max_tokens)
     if len(kept) == len(prompt.token_ids):
         return prompt
     dropped = len(prompt.token_ids) - len(kept) if chat.fields.truncation_side == "left" else 0
     turn_start = max(0, prompt.turn_start - dropped)
-    return replace(prompt, token_ids=kept, turn_start=turn_start if turn_start <= len(kept) else 0)
+    turn_start = turn_start if turn_start <= len(kept) else 0
+    return replace(prompt, token_ids=kept, text=serving.tokenizer.decode(kept.tolist()), turn_start=turn_start)
 
 
 def offers_tools(chat: ChatRequest) -> bool:
