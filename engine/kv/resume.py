@@ -16,7 +16,9 @@ from engine.kv.misses import Match
 from engine.kv.prefix_node import Node
 from engine.kv.snapshot_store import Snapshot, SnapshotStore
 
-MissReason = Literal["cold", "evicted", "salt", "diverged", "no_snapshot", "prompt_logprobs"]
+MissReason = Literal["cold", "evicted", "salt", "diverged", "no_snapshot", "in_flight", "prompt_logprobs"]
+"""That of `Match.end`; "no_snapshot": more is cached than it is worth coming back to; "in_flight": another request was
+computing the same, and waiting for it was not sooner; "prompt_logprobs": every row of the prompt was asked for."""
 
 
 class ResumeCosts(Protocol):

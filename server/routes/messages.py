@@ -13,6 +13,7 @@ from server.middleware import context_of
 from server.protocol import sse
 from server.protocol.messages_events import PING, MessageBuilder, encode, failure
 from server.protocol.messages_request import PARAMS, CountBody, MessagesBody, to_chat
+from server.reasoning_view import reasoning_view
 from server.routes.call import off_loop, read_body, renamed_params, state_of
 from server.routes.stream import EventStream, until_disconnect
 from server.state import ServerState
@@ -31,7 +32,7 @@ async def create_message(request: Request) -> Response:
     with ExitStack() as stack:
         with renamed_params(PARAMS):
             run = await start_chat(state, serving, context, chat, num_bytes, stack)
-        (events,) = run.choices
+        (events,) = reasoning_view(run, body).choices
         builder = MessageBuilder(
             f"msg_{token_hex(16)}",
             state.model_name,

@@ -176,12 +176,17 @@ def test_tools_of_a_coding_agent(scripted: Any, client: openai.OpenAI) -> None:
     patch = '*** Begin Patch\n*** Add File: a.py\n+print("é")\n*** End Patch'
     calls = [("exec", {"cmd": "ls"}), ("mail__send", {"to": "x"}), ("apply_patch", {"input": patch})]
     scripted.say = lambda prompt: "</think>" + ("Done." if "<tool_result>" in prompt else block(*calls))
+
+    def of(name: str) -> dict[str, Any]:
+        return {"type": "object", "properties": {name: {"type": "string"}}, "required": [name]}
+
+    send = {**WEATHER, "name": "send", "parameters": of("to")}
     lark = {"type": "grammar", "syntax": "lark", "definition": "start: begin_patch hunk+ end_patch"}
     fields: dict[str, Any] = {
         "instructions": "You are Codex.",
         "tools": [
-            {**WEATHER, "name": "exec"},
-            {"type": "namespace", "name": "mail", "description": "Mail.", "tools": [{**WEATHER, "name": "send"}]},
+            {**WEATHER, "name": "exec", "parameters": of("cmd")},
+            {"type": "namespace", "name": "mail", "description": "Mail.", "tools": [send]},
             {"type": "custom", "name": "apply_patch", "description": "Edits files.", "format": lark},
             {"type": "web_search", "external_web_access": True},
             {"type": "tool_search", "execution": "client", "description": "Find.", "parameters": {"type": "object"}},

@@ -183,13 +183,20 @@ def test_text_documents_are_read() -> None:
 def test_the_schema_of_the_answer() -> None:
     wanted = {"type": "json_schema", "schema": SCHEMA}
     for fields, param in (
-        ({"output_config": {"format": wanted}}, "output_config.format"),
-        ({"output_format": wanted}, "output_format"),
+        ({"output_config": {"format": wanted}}, "output_config.format.schema"),
+        ({"output_format": wanted}, "output_format.schema"),
     ):
         found = asked(**fields).output_format
         assert found is not None
         assert (found.kind, found.value, found.strict, found.param) == ("json_schema", SCHEMA, True, param)
         assert '\n{"type": "object", "properties": {"a": {"type": "string"}}}<' in ours(**fields)
+
+
+def test_formats_of_other_dialects() -> None:
+    found = asked(guided_regex="[a-z]+").output_format
+    assert found is not None and (found.kind, found.param) == ("regex", "guided_regex")
+    both = {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}, "guided_regex": "a"}
+    assert refused(**both).param == "guided_regex"
 
 
 def test_tool_choice() -> None:

@@ -272,7 +272,13 @@ def test_settings() -> None:
     schema = {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}
     found = asked(text={"format": schema}).chat.output_format
     assert found is not None
-    assert (found.kind, found.value, found.strict, found.param) == ("json_schema", SCHEMA, True, "text.format")
+    assert (found.kind, found.value, found.strict, found.param) == ("json_schema", SCHEMA, True, "text.format.schema")
+
+
+def test_formats_of_other_dialects() -> None:
+    found = asked(structured_outputs={"choice": ["a", "b"]}).chat.output_format
+    assert found is not None and (found.kind, found.value) == ("choice", ["a", "b"])
+    assert refused(text={"format": {"type": "json_object"}}, guided_regex="a").param == "guided_regex"
 
 
 @pytest.mark.parametrize(
