@@ -77,9 +77,12 @@ async def render_response(request: Request) -> Response:
         earlier = state.responses.find_previous(body.previous_response_id, context_of(request.scope).key_id)
         num_bytes += earlier.num_conversation_bytes
 
+    chat = (await off_loop(num_bytes, lambda: responses_chat(body, earlier.conversation() if earlier else ()))).chat
+    turns = turns_of(state, context_of(request.scope), chat)
+
     def work(serving: Serving) -> list[Rendered]:
-        prompt = render_request(serving, responses_chat(body, earlier.conversation() if earlier else ()).chat)
-        return [(prompt.text, prompt.token_ids)]
+        token_ids = render_request(serving, chat, turns).token_ids
+        return [(serving.tokenizer.decode(token_ids), token_ids)]
 
     with renamed_params(RESPONSES_PARAMS):
         return await _answer(request, num_bytes, work)
@@ -89,11 +92,14 @@ async def render_response(request: Request) -> Response:
 async def render_message(request: Request) -> Response:
     body, num_bytes = await read_body(request, CountBody)
     body.check()
-    check_model(state_of(request), body.model)
+    state = state_of(request)
+    check_model(state, body.model)
+    chat = await off_loop(num_bytes, lambda: messages_chat(body, state.model_name))
+    turns = turns_of(state, context_of(request.scope), chat)
 
     def work(serving: Serving) -> list[Rendered]:
-        prompt = render_request(serving, messages_chat(body, body.model))
-        return [(prompt.text, prompt.token_ids)]
+        token_ids = render_request(serving, chat, turns).token_ids
+        return [(serving.tokenizer.decode(token_ids), token_ids)]
 
     with renamed_params(MESSAGES_PARAMS):
         return await _answer(request, num_bytes, work)
