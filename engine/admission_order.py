@@ -14,7 +14,14 @@ from engine.kv.grant import Grant, Shortage
 from engine.kv.manager import KVManager
 from engine.kv.resume import ResumePlan
 from engine.output_lengths import OutputLengths
-from engine.policy import ServiceClass, credit_is_spent, long_share_binds, tokens_to_reserve
+from engine.policy import (
+    SHORTAGE_STEPS,
+    ServiceClass,
+    credit_is_spent,
+    long_share_binds,
+    tokens_to_reserve,
+)
+from engine.prefix_waits import PrefixWaits
 from engine.request import Request
 from engine.waiting import WaitingQueue
 
@@ -24,12 +31,15 @@ class AdmissionOrder:
 
     def __init__(self, config: ResolvedConfig, kv: KVManager, tenants: TenantClock) -> None:
         self.waiting = WaitingQueue(tenants)
+        self.prefixes = PrefixWaits(self.waiting)
         self.outputs = OutputLengths()
         self.num_bypasses = 0
         self._config = config
         self._kv = kv
         self._short: dict[str, Request] = {}
         """Waiting requests that were found not to fit, in the order in which that happened."""
+        self._lacks: dict[str, tuple[int, int]] = {}
+        """How many pages each of them wanted when it was last looked at, and in which step that was."""
         self._spent: dict[str, Request] = {}
         """Those of them whose credit is spent."""
         self._largest_seconds = 0.0
@@ -37,16 +47,40 @@ class AdmissionOrder:
 
     def remove(self, request: Request) -> None:
         """A waiting request leaves."""
+        self.prefixes.forget(request)
         self.waiting.remove(request)
         self._short.pop(request.request_id, None)
+        self._lacks.pop(request.request_id, None)
         self._spent.pop(request.request_id, None)
 
     def first(self) -> Request | None:
         """The request that must start before any other of its priority or a lower one: its credit is spent."""
         return min(self._spent.values(), key=lambda r: r.priority, default=None)
 
+    def never_fits(self, request: Request) -> str | None:
+        """Why a request can never start, in one sentence; None: it can."""
+        limit = self._config.max_model_len
+        if request.num_prompt_tokens >= limit:
+            return f"The prompt has {request.num_prompt_tokens} tokens; at most {limit - 1} leave room for an answer."
+        num_tokens = min(request.num_prompt_tokens + request.sampling.max_tokens, limit)
+        wanted = self._kv.layout.pages_for(num_tokens)
+        if wanted > self._config.num_pages:
+            page_tokens = self._kv.layout.page_tokens
+            return (
+                f"Prompt and answer may need {num_tokens} tokens ({wanted} pages of {page_tokens}); "
+                f"the memory holds {self._config.num_pages * page_tokens} ({self._config.num_pages} pages)."
+            )
+        return None
+
+    def is_short(self, request: Request, step_id: int) -> bool:
+        """Whether a request was found not to fit a few steps ago, and pages are still too few. What others have cached
+        for it meanwhile is looked up again after `policy.SHORTAGE_STEPS`.
+        """
+        wanted, looked_at = self._lacks.get(request.request_id, (0, 0))
+        return wanted > self._kv.num_available_pages and step_id < looked_at + SHORTAGE_STEPS
+
     def admit(
-        self, request: Request, running: Iterable[Request], plan: ResumePlan, now: float
+        self, request: Request, running: Iterable[Request], plan: ResumePlan, now: float, step_id: int
     ) -> tuple[Grant, int] | None:
         """Start a waiting request if that is allowed and there is room; it leaves the queue then.
 
@@ -63,6 +97,7 @@ class AdmissionOrder:
         admitted = self._kv.admit(request.request_id, num_tokens, plan, request.keys, request.token_ids, now)
         if isinstance(admitted, Shortage):
             self._short.setdefault(request.request_id, request)
+            self._lacks[request.request_id] = (admitted.pages_wanted, step_id)
             return None
         self.remove(request)
         if request is not first:
@@ -71,15 +106,18 @@ class AdmissionOrder:
 
     def reserve(self, request: Request) -> int:
         """Tokens whose pages the request must find now."""
-        share = self._config.scheduling.output_quantile
+        scheduling = self._config.scheduling
+        share = scheduling.output_quantile
         expected: int | None = None
-        if share < 1.0 and not request.num_preemptions:
-            expected = self.outputs.quantile(request.service, request.tenant, share)
+        if share < 1.0:
+            seen = self.outputs.quantile(request.service, request.tenant, share)
+            expected = scheduling.unknown_output_tokens if seen is None else seen
         return tokens_to_reserve(
             num_tokens=request.num_tokens,
             num_prompt_tokens=request.num_prompt_tokens,
             max_tokens=request.sampling.max_tokens,
             expected_output=expected,
+            least_ahead=scheduling.woken_output_tokens if request.num_preemptions else 0,
             max_model_len=self._config.max_model_len,
         )
 
@@ -109,6 +147,7 @@ class AdmissionOrder:
 
     def check(self) -> None:
         waiting = {r.request_id for r in self.waiting}
+        assert set(self._lacks) <= set(self._short), "a request lacks pages that it does not wait for"
         assert set(self._spent) <= set(self._short) <= waiting, "a request that left is still short of memory"
         for request in self._short.values():
             bound = request.total_seconds + self._largest_seconds

@@ -64,6 +64,11 @@ class StepBudget:
             return granted if first or granted >= LEAST_CHUNK else 0
         return granted
 
+    def add_replay(self, position: int) -> None:
+        """A slot is rebuilt before the rows."""
+        self.features.add_replay(self._costs.replay_rows(position), position)
+        self._predicted = self._costs.predict(self.features)
+
     def spend(self, seconds: float) -> None:
         """Something beside rows takes a part of the prompts' seconds."""
         self._limit -= seconds

@@ -65,6 +65,9 @@ class EngineConfig:
     """Least share of the prompt time of the steps that one long prompt gets while shorter ones compete."""
     long_page_share: float = 0.7
     """Most of the pages that long requests may hold while shorter ones wait."""
+    output_quantile: float = 0.9
+    """A request starts when there are pages for its prompt and for an answer that this share of such answers does not
+    exceed; when answers grow beyond that, requests are set aside. 1: for the longest answer that it allows."""
     simulate: bool = False
     """Run without a model (deterministic tokens and a cost model); for tests of everything around the model."""
 
@@ -96,8 +99,13 @@ class SchedulingConfig:
     long_prompt_tokens: int = 262_144
     long_prefill_share: float = 0.25
     long_page_share: float = 0.7
-    output_quantile: float = 1.0
+    output_quantile: float = 0.9
     """Share of answers whose pages are reserved in whole; 1: all that a request may ever have, no overbooking."""
+    unknown_output_tokens: int = 4096
+    """What is reserved for an answer while nothing is known of such answers."""
+    woken_output_tokens: int = 1024
+    """Tokens of its answer that a request must find room for when it comes back from a preemption, and at least as many
+    as it has had: each time it gets twice as far, so it is preempted a few times at most."""
 
     def ttft_seconds(self, service: int) -> float:
         """Goal of a service class: 0 interactive, 1 long."""
@@ -300,6 +308,7 @@ def _scheduling(config: EngineConfig, facts: MachineFacts) -> SchedulingConfig:
         long_prompt_tokens=config.long_prompt_tokens,
         long_prefill_share=config.long_prefill_share,
         long_page_share=config.long_page_share,
+        output_quantile=config.output_quantile,
     )
 
 
@@ -341,6 +350,8 @@ def _check_ranges(config: EngineConfig, facts: MachineFacts) -> None:
         )
     if not 0.0 < config.long_page_share <= 1.0:
         raise EngineConfigError(f"long_page_share: expected more than 0 and at most 1, found {config.long_page_share}")
+    if not 0.0 < config.output_quantile <= 1.0:
+        raise EngineConfigError(f"output_quantile: expected more than 0 and at most 1, found {config.output_quantile}")
     if config.num_threads is not None and config.num_threads > facts.num_cores:
         raise EngineConfigError(f"num_threads: {config.num_threads} is more than the {facts.num_cores} cores there are")
 

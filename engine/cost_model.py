@@ -15,7 +15,7 @@ beside counts of 1 in a well-conditioned matrix (kv-and-scheduling 7.3).
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -28,6 +28,8 @@ ROW_KNOTS = (4, 16, 64, 256, 1024, 4096)
 compute-bound at a few hundred and experts at a few thousand, on every machine of interest within a factor of four."""
 _MANY_ROWS, _FEW_ROWS = 64, 5.0
 """The prior's slope is this many times steeper below 64 rows, where most rows read experts of their own."""
+_PIECE_START = np.array([0.0, *ROW_KNOTS])
+_PIECE_LENGTH = np.diff([0.0, *ROW_KNOTS, math.inf])
 _STEP, _REQUEST, _DECODE_CONTEXT, _PREFILL_WORK, _MIXED = range(5)
 _FIRST_SLOPE = 5
 COEFFICIENTS = (
@@ -60,6 +62,8 @@ class StepFeatures:
     """Sum of the contexts of the decode rows, in tokens."""
     prefill_work: float = 0.0
     """Sum over the prompt rows of the context of each."""
+    replays: list[tuple[int, int]] = field(default_factory=list)
+    """(rows, position) of each replay: a pass of its own before the step's rows, see `CostModel.replay_rows`."""
 
     @property
     def num_rows(self) -> int:
@@ -81,6 +85,10 @@ class StepFeatures:
         self.num_prefill_rows += num_rows
         self.prefill_work += chunk_work(start, num_rows)
 
+    def add_replay(self, num_rows: int, position: int) -> None:
+        """A slot is rebuilt at `position`."""
+        self.replays.append((num_rows, position))
+
     def copy(self) -> "StepFeatures":
         return StepFeatures(
             num_requests=self.num_requests,
@@ -88,6 +96,7 @@ class StepFeatures:
             num_prefill_rows=self.num_prefill_rows,
             decode_context=self.decode_context,
             prefill_work=self.prefill_work,
+            replays=list(self.replays),
         )
 
 
@@ -167,6 +176,8 @@ class CostModel:
         self.spread = 0.5
         """Typical relative error of recent predictions."""
         self._model = model
+        self._replay_reach = model.num_hidden_layers * (model.sliding_window - 1)
+        self._most_replay_rows = replay_row_equivalents(model, self._replay_reach)
         self._forgetting = forgetting
         self._chunk_tokens = chunk_tokens
         self._prior = np.array(
@@ -187,23 +198,25 @@ class CostModel:
 
     def predict(self, features: StepFeatures) -> float:
         """Seconds of a step; 0 for one without rows."""
-        return self._seconds(
+        seconds = self._seconds(
             features.num_requests,
             features.num_rows,
             features.decode_context,
             features.prefill_work,
             features.mixed,
         )
+        return seconds + self._replays_seconds(features) if features.replays else seconds
 
     def predict_with_prefill(self, features: StepFeatures, start: int, num_rows: int) -> float:
         """Seconds of a step with prompt rows start .. start + num_rows of one more request."""
-        return self._seconds(
+        seconds = self._seconds(
             features.num_requests + 1,
             features.num_rows + num_rows,
             features.decode_context,
             features.prefill_work + chunk_work(start, num_rows),
             features.num_decode_rows > 0,
         )
+        return seconds + self._replays_seconds(features) if features.replays else seconds
 
     def rows_within(self, features: StepFeatures, start: int, most: int, seconds: float) -> int:
         """Most prompt rows from `start` on, up to `most`, with which the step is predicted to stay within `seconds`."""
@@ -230,8 +243,17 @@ class CostModel:
 
     def replay_seconds(self, position: int) -> float:
         """Seconds to rebuild the windows and accumulators at `position` from cached entries."""
-        rows = replay_row_equivalents(self._model, position)
+        rows = self.replay_rows(position)
         return self._seconds(1, rows, 0, rows * float(position), False) if rows else 0.0
+
+    def replay_rows(self, position: int) -> int:
+        """Rows of a replay at `position`, averaged over the layers."""
+        return (
+            self._most_replay_rows if position >= self._replay_reach else replay_row_equivalents(self._model, position)
+        )
+
+    def _replays_seconds(self, features: StepFeatures) -> float:
+        return sum(self._seconds(1, rows, 0, rows * float(position), False) for rows, position in features.replays)
 
     def decode_seconds(self, context: int) -> float:
         """Seconds of a step with one decode row that sees `context` tokens."""
@@ -292,16 +314,14 @@ class CostModel:
 
     def _parts(self, features: StepFeatures) -> np.ndarray:
         """float64 [parts]: how much of each coefficient a step takes."""
-        parts = np.empty(_NUM_PARTS)
-        parts[_STEP] = 1.0
-        parts[_REQUEST] = features.num_requests
+        parts = np.zeros(_NUM_PARTS)
+        parts[_STEP] = 1.0 + len(features.replays)
+        parts[_REQUEST] = features.num_requests + len(features.replays)
         parts[_DECODE_CONTEXT] = features.decode_context
-        parts[_PREFILL_WORK] = features.prefill_work
+        parts[_PREFILL_WORK] = features.prefill_work + sum(rows * float(at) for rows, at in features.replays)
         parts[_MIXED] = features.mixed
-        low = 0.0
-        for i, high in enumerate((*ROW_KNOTS, math.inf)):
-            parts[_FIRST_SLOPE + i] = min(max(0.0, features.num_rows - low), high - low)
-            low = high
+        for num_rows in (features.num_rows, *(rows for rows, _ in features.replays)):
+            parts[_FIRST_SLOPE:] += np.minimum(np.maximum(num_rows - _PIECE_START, 0.0), _PIECE_LENGTH)
         return parts
 
     def _set_coefficients(self) -> None:

@@ -40,8 +40,8 @@ class Executor(Protocol):
         schedule nothing. Host pages and snapshots that it names may be read by any later plan.
 
         Raises:
-            StepError: the whole step failed and the executor can go on. Only `finished` is sure to have happened: what
-                the plan was to write, host pages and snapshots among it, holds nothing.
+            StepError: the whole step failed, a page load among the reasons, and the executor can go on. Only `finished`
+                is sure to have happened: what the plan was to write, host pages and snapshots among it, holds nothing.
             Exception: anything else; the engine ends.
         """
         ...

@@ -201,10 +201,19 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Pages on the device that the prefix cache has, those that requests share included."""
     num_host_pages_used: int = 0
     num_snapshots_used: int = 0
+    num_parked: int = 0
+    """Waiting requests that let another one compute what they share with it."""
+    num_prefix_waits: int = 0
+    """Times a request began to wait so; total since start."""
     num_hibernations: int = 0
-    """Requests that went back to the queue with a snapshot; total since start."""
+    """Requests that went back to the queue with their pages kept for them; total since start."""
     num_wakes: int = 0
     """Requests that came back and were not computed from the start; total since start."""
+    num_hibernated: int = 0
+    """Waiting requests whose pages are kept."""
+    num_recompute_preemptions: int = 0
+    """Preempted requests of which nothing was kept, or not until they came back: what is dropped of their pages is
+    computed again. Total since start."""
     moved_bytes: int = 0
     """Copied between device and host; total since start."""
     hit_tokens: int = 0

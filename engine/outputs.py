@@ -1,8 +1,10 @@
 """The columns of a `StepOutputs` frame: filled row by row in the engine, split into rows again in the client."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from engine.client import RequestOutput
+from engine.kv.resume import MissReason
 from engine.messages import (
     EngineStats,
     FinishReason,
@@ -17,39 +19,44 @@ from engine.plan import PromptLogprobs, TokenLogprobs
 from engine.request import Request
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Refused:
+    """Stands in for a request that never came to be."""
+
+    request_id: str
+    error: RequestError | None
+    """None: it was aborted."""
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0
+    queued_seconds: float = 0.0
+    miss_reason: MissReason | None = None
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return "abort" if self.error is None else "error"
+
+
 class OutputColumns:
-    """News since the last frame; a request has at most one row in it."""
+    """News since the last frame; a request has at most one row in it, and does not change until the frame is packed."""
 
     def __init__(self) -> None:
-        self._request_ids: list[str] = []
+        self._rows: list[Request | _Refused] = []
         self._cu_tokens: list[int] = [0]
         self._token_ids: list[int] = []
-        self._finish: list[FinishReason | None] = []
-        self._stop_ids: list[int | None] = []
-        self._cached_tokens: list[int] = []
-        self._logprobs: list[tuple[LogprobRow, ...] | None] = []
-        self._errors: list[RequestError | None] = []
-        self._queued_seconds: list[float] = []
-        self._miss_reasons: list[str | None] = []
+        self._logprobs: dict[int, TokenLogprobs] = {}
+        """By row."""
         self._prompt_logprobs: dict[str, PromptLogprobColumns] = {}
 
     def __len__(self) -> int:
-        return len(self._request_ids)
+        return len(self._rows)
 
     def add(self, request: Request, token_ids: Sequence[int] = (), logprobs: TokenLogprobs | None = None) -> None:
         """A row with the tokens that are new and the request's end, if it has come."""
-        self._append(
-            request.request_id,
-            token_ids,
-            finish=request.finish_reason,
-            stop_id=request.stop_token_id,
-            cached_tokens=request.num_cached_tokens,
-            logprobs=None if logprobs is None else (_row(logprobs),),
-            error=request.error,
-            queued_seconds=request.queued_seconds,
-            # What other tenants have cached is not this one's business.
-            miss_reason="cold" if request.miss_reason == "salt" else request.miss_reason,
-        )
+        if logprobs is not None:
+            self._logprobs[len(self._rows)] = logprobs
+        self._rows.append(request)
+        self._token_ids += token_ids
+        self._cu_tokens.append(len(self._token_ids))
 
     def add_prompt_logprobs(self, request_id: str, chunks: Sequence[PromptLogprobs]) -> None:
         """Beside the row of the request's first token; `chunks` cover its prompt in order."""
@@ -57,45 +64,27 @@ class OutputColumns:
 
     def refuse(self, request_id: str, error: RequestError | None) -> None:
         """A row for a request that never came to be; without an error it was aborted."""
-        self._append(request_id, (), finish="abort" if error is None else "error", error=error)
-
-    def _append(
-        self,
-        request_id: str,
-        token_ids: Sequence[int],
-        *,
-        finish: FinishReason | None,
-        stop_id: int | None = None,
-        cached_tokens: int = 0,
-        logprobs: tuple[LogprobRow, ...] | None = None,
-        error: RequestError | None = None,
-        queued_seconds: float = 0.0,
-        miss_reason: str | None = None,
-    ) -> None:
-        self._request_ids.append(request_id)
-        self._token_ids.extend(token_ids)
+        self._rows.append(_Refused(request_id=request_id, error=error))
         self._cu_tokens.append(len(self._token_ids))
-        self._finish.append(finish)
-        self._stop_ids.append(stop_id)
-        self._cached_tokens.append(cached_tokens)
-        self._logprobs.append(logprobs)
-        self._errors.append(error)
-        self._queued_seconds.append(queued_seconds)
-        self._miss_reasons.append(miss_reason)
 
     def pack(self, stats: EngineStats) -> StepOutputs:
+        rows = self._rows
+        logprobs: list[tuple[LogprobRow, ...] | None] = [None] * len(rows)
+        for i, found in self._logprobs.items():
+            logprobs[i] = (LogprobRow(found.logprob, found.top_ids, found.top_logprobs),)
         return StepOutputs(
-            request_ids=tuple(self._request_ids),
+            request_ids=tuple([row.request_id for row in rows]),
             cu_tokens=tuple(self._cu_tokens),
             token_ids=pack_ids(self._token_ids),
-            finish=tuple(self._finish),
-            stop_ids=tuple(self._stop_ids),
-            cached_tokens=tuple(self._cached_tokens),
-            logprobs=tuple(self._logprobs),
-            errors=tuple(self._errors),
-            queued_seconds=tuple(self._queued_seconds),
+            finish=tuple([row.finish_reason for row in rows]),
+            stop_ids=tuple([row.stop_token_id for row in rows]),
+            cached_tokens=tuple([row.num_cached_tokens for row in rows]),
+            logprobs=tuple(logprobs),
+            errors=tuple([row.error for row in rows]),
+            queued_seconds=tuple([row.queued_seconds for row in rows]),
             stats=stats,
-            miss_reasons=tuple(self._miss_reasons),
+            # What other tenants have cached is not this one's business.
+            miss_reasons=tuple(["cold" if row.miss_reason == "salt" else row.miss_reason for row in rows]),
             prompt_logprobs=self._prompt_logprobs,
         )
 
@@ -118,10 +107,6 @@ def split(outputs: StepOutputs) -> Iterator[tuple[str, RequestOutput]]:
                 queued_seconds=outputs.queued_seconds[i],
             ),
         )
-
-
-def _row(logprobs: TokenLogprobs) -> LogprobRow:
-    return LogprobRow(logprobs.logprob, logprobs.top_ids, logprobs.top_logprobs)
 
 
 def _columns(chunks: Sequence[PromptLogprobs]) -> PromptLogprobColumns:

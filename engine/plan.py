@@ -99,6 +99,9 @@ class StepPlan:
     So a page may be spilled and given away in one plan, and a snapshot sees the position that its step has reached (one
     of a request in `StepResult.failed` holds nothing). A slot may be kept in the plan that finishes its request, unless
     the same plan gives it away.
+
+    A page load that fails fails the step (`StepError`): requests of other plans may count on the page. A page copy or a
+    slot restore that fails may fail its own request alone.
     """
 
     step_id: int
@@ -167,3 +170,7 @@ class StepResult:
     lost: bool = False
     """The step failed as a whole: nothing of what it was to write is there."""
     seconds: float = 0.0
+    load_seconds: float = 0.0
+    """Of `seconds`: copies from host memory, page loads and slot restores, for which the rows wait. 0: not measured."""
+    save_seconds: float = 0.0
+    """Of `seconds`: copies to host memory, page spills and slot snapshots, as far as the rows wait for them."""

@@ -39,6 +39,14 @@ MOST_SHORTAGES = 8
 """Requests that may be found not to fit before a step stops looking for one that does."""
 
 
+SHORTAGE_STEPS = 16
+"""A request that does not fit is looked up again when so many pages are available, and after so many steps anyway."""
+STANDSTILL_SECONDS = 2.0
+"""A prompt that has had no rows for so long is not waited for by others that share its prefix."""
+MOST_PARKED = 16
+"""Requests that are found in one step to share a prefix in flight; each takes a lookup."""
+
+
 class ServiceClass(IntEnum):
     """How a request is served; lower comes first."""
 
@@ -90,6 +98,13 @@ def latest_start(arrival: float, service: ServiceClass, work_seconds: float, con
     return arrival + config.ttft_seconds(service) + (TTFT_WORK_FACTOR - 1.0) * work_seconds
 
 
+def longest_prefix_wait(service: ServiceClass, work_seconds: float, config: SchedulingConfig) -> float:
+    """How long a prompt may wait in all for prefixes that others compute. In an overload waiting is what sheds work,
+    so this is far more than its goal; a leader that stands still is left much earlier.
+    """
+    return config.ttft_seconds(service) + 10.0 * work_seconds
+
+
 def slack(
     now: float,
     arrival: float,
@@ -103,17 +118,24 @@ def slack(
 
 
 def tokens_to_reserve(
-    *, num_tokens: int, num_prompt_tokens: int, max_tokens: int, expected_output: int | None, max_model_len: int
+    *,
+    num_tokens: int,
+    num_prompt_tokens: int,
+    max_tokens: int,
+    expected_output: int | None,
+    least_ahead: int,
+    max_model_len: int,
 ) -> int:
     """Tokens whose pages a request must find before it starts.
 
-    `expected_output` is a quantile of what such requests answer; None: nothing is known, or this one has been
-    preempted before and shall not be again, so all that it may ever have. At least one token past those known.
+    `expected_output` is a quantile of what such requests answer; None: all that it may ever have. At least one token
+    past those known, `least_ahead` for one that was preempted before, and as many as it has answered.
     """
     most = min(num_prompt_tokens + max_tokens, max_model_len)
     if expected_output is None:
         return most
-    return min(most, max(num_tokens + 1, num_prompt_tokens + expected_output))
+    ahead = max(least_ahead, num_tokens - num_prompt_tokens) if least_ahead else 1
+    return min(most, max(num_tokens + ahead, num_prompt_tokens + expected_output))
 
 
 def long_share_binds(*, long_pages: int, pages_wanted: int, num_pages: int, config: SchedulingConfig) -> bool:

@@ -16,6 +16,8 @@ from engine.policy import ServiceClass
 
 class RequestStatus(Enum):
     QUEUED = "queued"
+    PARKED = "parked"
+    """In the queue, until another request has computed the pages that they share."""
     RUNNING = "running"
     FINISHED = "finished"
 
@@ -42,9 +44,11 @@ class Request:
         "first_scheduled_time",
         "grant",
         "keys",
+        "last_chunk_time",
         "last_step_id",
         "latest_start",
         "miss_reason",
+        "most_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_ever_computed",
@@ -55,17 +59,20 @@ class Request:
         "prefill_seconds",
         "priority",
         "prompt_logprobs",
+        "queued_seconds",
         "request_id",
         "sampling",
         "service",
         "settled",
         "snapshot_positions",
         "status",
+        "stop_ids",
         "stop_token_id",
         "stops",
         "tenant",
         "total_seconds",
         "trace_id",
+        "wait_until",
     )
 
     def __init__(self, message: AddRequest, *, vocab_size: int, order: int, seed: int) -> None:
@@ -113,7 +120,17 @@ class Request:
         self.stop_token_id: int | None = None
         self.error: RequestError | None = None
         self.first_scheduled_time: float | None = None
+        self.queued_seconds = 0.0
+        """Arrival to first scheduled step; 0 until then."""
+        self.stop_ids: frozenset[int] = frozenset(sampling.stop_token_ids)
+        """Tokens that end the answer, once it has its least length; the scheduler adds EOS."""
+        self.most_tokens = self.num_prompt_tokens + sampling.max_tokens
+        """Tokens known at which the answer ends; the scheduler knows the engine's own limit."""
         self.last_step_id = 0
+        self.last_chunk_time = 0.0
+        """When it was last given prompt rows."""
+        self.wait_until: float | None = None
+        """Until when it may wait for another request's prefix; None: it has never waited."""
         self.num_preemptions = 0
         self.service = ServiceClass.INTERACTIVE
         # Predictions of the moment in which the request was queued; the scheduler sets them.
@@ -167,10 +184,11 @@ class Request:
     def page_ids(self) -> tuple[int, ...]:
         return () if self.grant is None else tuple(self.grant.page_ids)
 
-    @property
-    def queued_seconds(self) -> float:
-        """Arrival to first scheduled step; 0 until then."""
-        return 0.0 if self.first_scheduled_time is None else max(0.0, self.first_scheduled_time - self.arrival_time)
+    def start(self, now: float) -> None:
+        """It is scheduled; the first time counts."""
+        if self.first_scheduled_time is None:
+            self.first_scheduled_time = now
+            self.queued_seconds = max(0.0, now - self.arrival_time)
 
     def preempt(self) -> None:
         """Back to the queue with the tokens known; they are computed again. The grant has been given back."""

@@ -4,8 +4,8 @@
     schedule(now)         -> StepPlan     every due decode row, then prompt chunks, within rows and predicted seconds
     update(plan, result)  -> StepOutputs  commit, stop, free, learn what the step took
 
-The opinions are in `policy`, the line of prompts in `step_builder`, who may start in `admission_order`. When running
-answers need more pages than there are, `victims` names those that go back to the queue.
+The opinions are in `policy`, the line of prompts in `step_builder`, who may start in `admission_order`, what happens
+when running answers need more pages than there are in `preemption`.
 
 What a finished request held is freed once the last step that may touch it has been committed (its fence). The runner is
 told to forget the request at the start of the next plan, before anything in that plan can use the pages or slot again.
@@ -15,19 +15,20 @@ import logging
 import secrets
 from collections import Counter
 
-from engine import policy, victims
+from engine import policy
 from engine.admission_order import AdmissionOrder
 from engine.budget import StepBudget
 from engine.config import ResolvedConfig
 from engine.cost_model import CostModel, StepFeatures, cost_prior
 from engine.fairness import FavouredShare, TenantClock
 from engine.grammar.active import ActiveGrammars
-from engine.kv.grant import Moves, Shortage
+from engine.kv.grant import Moves
 from engine.kv.hashing import PageHasher, PageKeys
 from engine.kv.manager import KVManager
 from engine.messages import EngineStats, FinishReason, RequestError, StepOutputs
 from engine.outputs import OutputColumns
 from engine.plan import NOTHING_LEFT, StepPlan, StepResult, TokenLogprobs
+from engine.preemption import Preemption
 from engine.request import Request, RequestStatus
 from engine.resume_costs import CopyAndComputeCosts
 from engine.stats import DrainMeter, Totals
@@ -73,6 +74,9 @@ class Scheduler:
         self._forget: list[str] = []
         self._fenced: list[Request] = []
         self._in_flight: StepPlan | None = None
+        self._preemption = Preemption(
+            self.kv, self._resume_costs, self._running, self.totals, set_aside=self._set_aside
+        )
         self._moves = Moves()
         """Of the plan in flight."""
         self._predicted = (StepFeatures(), 0.0)
@@ -103,11 +107,14 @@ class Scheduler:
         assert request.request_id not in self.requests, f"{request.request_id} is known"
         self.requests[request.request_id] = request
         request.service = policy.service_class(request.num_prompt_tokens, self.config.scheduling)
+        request.most_tokens = min(request.most_tokens, self.config.max_model_len)
+        if not request.sampling.ignore_eos:
+            request.stop_ids |= {self._eos_token_id}
         self._tenants.enter(request.tenant)
         if request.keys is None and self.hasher is not None:
             request.keys = PageKeys(self.hasher, request.cache_salt, request.token_ids)
         self._queue(request)
-        excess = self._never_fits(request)
+        excess = self._admission.never_fits(request)
         if excess is not None:
             self._finish(request, "error", error=RequestError("too_large", excess))
 
@@ -126,14 +133,18 @@ class Scheduler:
         """Plan the next step. It is empty (its id that of the last step) when there is nothing to run or forget."""
         assert self._in_flight is None, "the last plan has not been committed"
         self._refuse_late(now)
-        grown = self._make_room(now)
-        decodes, prompts = self._due()
+        self._admission.prefixes.release_overdue(now)
+        decodes, prompts, full = self._due()
+        grown = self._preemption.make_room(full, now)
+        if len(decodes) + len(prompts) > len(self._running):
+            decodes, prompts, _ = self._due()
         budget = StepBudget(self.costs, self.config.max_num_batched_tokens)
         step = StepBuilder(
             step_id=self.totals.step_id + 1,
             now=now,
             budget=budget,
             costs=self.costs,
+            resume_costs=self._resume_costs,
             config=self.config.scheduling,
             kv=self.kv,
             tenants=self._tenants,
@@ -192,14 +203,14 @@ class Scheduler:
             self._fail(request_id, why)
         for request_id in awaited:
             self._fail(request_id, "the step returned no token")
-        # Neither replays nor the head over whole prompts are what the model of costs knows.
-        if plan.scheduled and result.seconds > 0.0 and not plan.replays and not result.prompt_logprobs:
-            self._learn(plan.num_tokens, result.seconds)
+        # The head over whole prompts is not what the model of costs knows.
+        if plan.scheduled and result.seconds > 0.0 and not result.prompt_logprobs:
+            self._learn(result, moves)
         self._release_fenced(now)
         if result.lost:
             self.kv.forget_lost(moves)
         else:
-            self._count_moves(moves)
+            self.totals.moved_bytes += self._bytes_of(moves.num_host_copies)
         news, self._news = self._news, OutputColumns()
         return news.pack(self.stats())
 
@@ -207,16 +218,20 @@ class Scheduler:
         waiting = self._admission.waiting
         return self.totals.frame(
             num_running=len(self._running),
-            num_running_long=sum(r.service is policy.ServiceClass.LONG for r in self._running.values()),
+            num_running_long=[r.service for r in self._running.values()].count(policy.ServiceClass.LONG),
             num_waiting=len(waiting),
             num_waiting_long=waiting.count(policy.ServiceClass.LONG),
             num_waiting_tokens=waiting.num_tokens,
             num_free_pages=self.kv.num_available_pages,
             num_free_slots=self.kv.num_free_slots,
             num_bypasses=self._admission.num_bypasses,
+            num_parked=len(self._admission.prefixes),
+            num_prefix_waits=self._admission.prefixes.num_waits,
             num_cached_pages=self.kv.index.num_device_pages,
             num_host_pages_used=self.kv.index.host.num_pages - self.kv.index.host.num_free,
             num_snapshots_used=len(self.kv.snapshots),
+            num_hibernated=len(self.kv.hibernations),
+            num_recompute_preemptions=self.totals.num_recompute_preemptions + self.kv.hibernations.num_given_up,
             backlog_seconds=self._drain.backlog_seconds,
             drain_seconds=self._drain.drain_seconds,
         )
@@ -231,7 +246,10 @@ class Scheduler:
         assert queued | set(self._running) == set(self.requests), "a request is in no queue"
         assert self.grammars.request_ids <= set(self.requests), "a grammar of nobody"
         assert len(waiting) == len(self._admission.waiting) == len(queued), "the waiting are miscounted"
-        assert all(r.grant is None and r.status is RequestStatus.QUEUED for r in waiting)
+        assert all(r.grant is None and r.status is not RequestStatus.RUNNING for r in waiting)
+        self._admission.prefixes.check(self._running)
+        hibernated = {h.request_id for h in self.kv.hibernations}
+        assert hibernated <= queued, "pages are pinned for nobody"
         self._tenants.check(dict(Counter(r.tenant for r in self.requests.values())))
         for request in self._running.values():
             grant = request.grant
@@ -265,96 +283,72 @@ class Scheduler:
             )
             self._finish(late, "error", error=RequestError("deadline_exceeded", waited))
 
-    def _make_room(self, now: float) -> dict[str, tuple[int, ...]]:
-        """Give every answer the page that its next row needs, from victims where there is a shortage; returns the
-        pages by request.
-        """
-        grown: dict[str, tuple[int, ...]] = {}
-        page_tokens = self.kv.layout.page_tokens
-        for request in list(self._running.values()):
-            if request.num_uncomputed_tokens != 1:
-                continue
-            while request.grant is not None and request.num_tokens > page_tokens * len(request.grant.page_ids):
-                pages = self.kv.extend(request.grant, request.num_tokens)
-                if isinstance(pages, Shortage):
-                    self._preempt(pages.pages_wanted - pages.pages_available, now)
-                else:
-                    grown[request.request_id] = pages
-        return grown
+    def _set_aside(self, request: Request) -> None:
+        """A preempted request waits again."""
+        assert request.last_step_id <= self._committed_step_id
+        self._forget.append(request.request_id)
+        self._admission.prefixes.left(request.request_id)
+        self._queue(request)
 
-    def _preempt(self, pages_needed: int, now: float) -> None:
-        """Send running requests back to the queue until that many pages are available; no plan is in flight."""
-        chosen = victims.choose([self._as_victim(r) for r in self._running.values()], pages_needed)
-        assert chosen, "pages are missing and nobody holds any"
-        for request_id in chosen:
-            request = self._running.pop(request_id)
-            assert request.grant is not None and request.last_step_id <= self._committed_step_id
-            departing = self.kv.num_departing
-            self.kv.release(request.grant, request.token_ids, request.num_computed_tokens, now, keep="hibernate")
-            self.totals.num_hibernations += self.kv.num_departing - departing
-            self._forget.append(request_id)
-            request.preempt()
-            self._queue(request)
-            self.totals.num_preemptions += 1
+    def _bytes_of(self, num_copies: tuple[int, int]) -> int:
+        """Of so many pages and snapshots."""
+        num_pages, num_snapshots = num_copies
+        return num_pages * self.kv.layout.bytes_per_page + num_snapshots * self.kv.layout.bytes_per_snapshot
 
-    def _as_victim(self, request: Request) -> victims.RunningRequest:
-        assert request.grant is not None
-        return victims.RunningRequest(
-            request_id=request.request_id,
-            priority=request.priority,
-            service=request.service,
-            pages_freed=request.grant.num_reserved_pages,
-            restore_seconds=self._restore_seconds(request.num_computed_tokens),
-            order=request.order,
-        )
-
-    def _restore_seconds(self, position: int) -> float:
-        """To bring a request back to a position: from host memory where there is any, else from its first token."""
-        if not (self.kv.snapshots.num_places and self.kv.index.host.num_pages):
-            return self.costs.prefill_seconds(0, position)
-        layout = self.kv.layout
-        return self._resume_costs.load_seconds(layout.bytes_for(position) + layout.bytes_per_snapshot)
-
-    def _count_moves(self, moves: Moves) -> None:
-        num_pages, num_slots = moves.num_host_copies
-        layout = self.kv.layout
-        self.totals.moved_bytes += num_pages * layout.bytes_per_page + num_slots * layout.bytes_per_snapshot
-
-    def _due(self) -> tuple[list[Request], list[Request]]:
-        """Running requests with one row to go, and those with more."""
+    def _due(self) -> tuple[list[Request], list[Request], list[Request]]:
+        """Running requests with one row to go, those with more, and those of the first whose pages are full."""
         decodes: list[Request] = []
         prompts: list[Request] = []
+        full: list[Request] = []
+        page_tokens = self.kv.layout.page_tokens
         for request in self._running.values():
-            (decodes if request.num_tokens - request.num_computed_tokens == 1 else prompts).append(request)
+            if request.num_tokens - request.num_computed_tokens > 1:
+                prompts.append(request)
+                continue
+            decodes.append(request)
+            assert request.grant is not None
+            if request.num_tokens > page_tokens * len(request.grant.page_ids):
+                full.append(request)
         # Each of them had a row in the last step, so they fit into this one.
         assert len(decodes) <= self.config.max_num_batched_tokens
-        return decodes, prompts
+        return decodes, prompts, full
 
-    def _learn(self, num_tokens: int, seconds: float) -> None:
+    def _learn(self, result: StepResult, moves: Moves) -> None:
+        """What a step took: its rows and its copies, each for itself."""
         features, predicted = self._predicted
-        self.totals.count_step(num_tokens=num_tokens, seconds=seconds, predicted=predicted)
-        self.costs.observe(features, seconds)
+        loaded = self._bytes_of(moves.num_host_loads)
+        predicted += self._resume_costs.load_seconds(loaded)
+        self.totals.count_step(num_tokens=features.num_rows, seconds=result.seconds, predicted=predicted)
+        self.costs.observe(features, result.seconds - result.load_seconds - result.save_seconds)
+        self._resume_costs.observe_load(loaded, result.load_seconds)
 
     def _commit_rows(self, plan: StepPlan, failed: set[str], now: float) -> dict[str, Request]:
         """Count the rows of a step; returns the live requests that a token is due for."""
         awaited: dict[str, Request] = {}
+        page_tokens = self.kv.layout.page_tokens
         for row in plan.scheduled:
-            request = self.requests.get(row.request_id)
-            if request is None or request.grant is None:
+            request_id, start = row.request_id, row.start
+            request = self._running.get(request_id)
+            if request is None:
                 continue
-            end = row.start + row.num_tokens
-            seen = request.num_ever_computed
-            if row.start < max(seen, request.num_prompt_tokens):
-                self.totals.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - max(row.start, seen))
-                self.totals.num_recomputed_tokens += max(0, min(end, seen) - row.start)
+            end = start + row.num_tokens
+            if start < request.num_ever_computed or start < request.num_prompt_tokens:
+                self._count_rows(request, start, end)
             request.num_computed_tokens = end
-            if row.request_id not in failed:
+            request.num_ever_computed = max(request.num_ever_computed, end)
+            if end // page_tokens > start // page_tokens and request_id not in failed:
+                assert request.grant is not None
                 self.kv.commit(request.grant, request.token_ids, end, now)
-            if end > seen:
-                request.num_ever_computed = end
+                self._admission.prefixes.reached(request_id, end)
             if row.samples:
-                awaited[row.request_id] = request
+                awaited[request_id] = request
         return awaited
+
+    def _count_rows(self, request: Request, start: int, end: int) -> None:
+        """Rows of a prompt, and rows that were computed before."""
+        seen = request.num_ever_computed
+        self.totals.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - max(start, seen))
+        self.totals.num_recomputed_tokens += max(0, min(end, seen) - start)
 
     def _commit_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request.append(token_id)
@@ -378,30 +372,12 @@ class Scheduler:
             )
 
     def _stop_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        sampling = request.sampling
-        stops = (token_id == self._eos_token_id and not sampling.ignore_eos) or token_id in sampling.stop_token_ids
-        if stops and request.num_output_tokens > sampling.min_tokens:
+        if token_id in request.stop_ids and request.num_output_tokens > request.sampling.min_tokens:
             return "stop"
         # Where nothing can follow, the grammar ends the answer whatever ignore_eos and min_tokens say.
         if self.grammars.has_ended(request.request_id):
             return "stop"
-        if request.num_output_tokens >= sampling.max_tokens or request.num_tokens >= self.config.max_model_len:
-            return "length"
-        return None
-
-    def _never_fits(self, request: Request) -> str | None:
-        limit = self.config.max_model_len
-        if request.num_prompt_tokens >= limit:
-            return f"The prompt has {request.num_prompt_tokens} tokens; at most {limit - 1} leave room for an answer."
-        num_tokens = min(request.num_prompt_tokens + request.sampling.max_tokens, limit)
-        wanted = self.kv.layout.pages_for(num_tokens)
-        if wanted > self.config.num_pages:
-            page_tokens = self.kv.layout.page_tokens
-            return (
-                f"Prompt and answer may need {num_tokens} tokens ({wanted} pages of {page_tokens}); "
-                f"the memory holds {self.config.num_pages * page_tokens} ({self.config.num_pages} pages)."
-            )
-        return None
+        return "length" if request.num_tokens >= request.most_tokens else None
 
     def _fail(self, request_id: str, why: str) -> None:
         request = self.requests.get(request_id)
@@ -425,10 +401,12 @@ class Scheduler:
         logprobs: TokenLogprobs | None = None,
     ) -> None:
         """The one way out for every request that was added."""
-        if request.status is RequestStatus.QUEUED:
+        if request.status is not RequestStatus.RUNNING:
             self._admission.remove(request)
+            self.kv.forget(request.request_id)
         else:
             del self._running[request.request_id]
+            self._admission.prefixes.left(request.request_id)
             self._forget.append(request.request_id)
             self._fenced.append(request)
             request.settled = request.last_step_id <= self._committed_step_id and reason != "error"

@@ -27,6 +27,8 @@ class Totals:
     """Rows computed again after a preemption."""
     num_mispredicted_steps: int = 0
     num_hibernations: int = 0
+    num_recompute_preemptions: int = 0
+    """Preemptions of which nothing was kept."""
     num_wakes: int = 0
     moved_bytes: int = 0
     hit_tokens: int = 0

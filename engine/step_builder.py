@@ -5,7 +5,7 @@ come and there is room for it. The favoured prompt has a share of the seconds ke
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from engine.admission_order import AdmissionOrder
 from engine.budget import StepBudget
@@ -14,22 +14,28 @@ from engine.cost_model import CostModel
 from engine.fairness import FavouredShare, TenantClock
 from engine.kv.grant import Shortage
 from engine.kv.manager import KVManager
-from engine.kv.resume import ResumePlan
+from engine.kv.resume import MissReason, ResumePlan
 from engine.plan import NewRequest, ScheduledTokens
 from engine.policy import (
+    LEAST_PREFILL_SHARE,
     MOST_BEGUN,
     MOST_CHUNKS,
+    MOST_PARKED,
     MOST_SHORTAGES,
     PERIODIC_SNAPSHOT_TOKENS,
+    STANDSTILL_SECONDS,
     OrderKey,
     ServiceClass,
     is_pressed,
+    longest_prefix_wait,
     order_key,
     prefill_seconds,
     slack,
     step_seconds,
 )
+from engine.prefix_waits import num_shared_pages
 from engine.request import Request, RequestStatus
+from engine.resume_costs import CopyAndComputeCosts
 from engine.stats import Totals
 from engine.waiting import Scan
 
@@ -44,6 +50,7 @@ class StepBuilder:
         now: float,
         budget: StepBudget,
         costs: CostModel,
+        resume_costs: CopyAndComputeCosts,
         config: SchedulingConfig,
         kv: KVManager,
         tenants: TenantClock,
@@ -63,6 +70,7 @@ class StepBuilder:
         self._now = now
         self._budget = budget
         self._costs = costs
+        self._resume_costs = resume_costs
         self._config = config
         self._kv = kv
         self._tenants = tenants
@@ -76,6 +84,12 @@ class StepBuilder:
         """Pages that a starting request brings: they are named with its first rows."""
         self._line: dict[str, tuple[float, Request]] = {}
         """Running prompts that have no chunk in this step yet, with their seconds to go."""
+        self._leaders: list[Request] = []
+        """Running prompts whose pages are named: others may wait for what they compute."""
+        self._ends: dict[str, int] = {}
+        """Where the chunks of this step end."""
+        self._overlapping: set[str] = set()
+        """Waiting requests that share a prefix in flight and are not parked for it."""
         self._num_begun: Counter[int] = Counter()
         """Prompts that are begun and will not be finished in this step, by priority."""
         self._decoding: set[ServiceClass] = set()
@@ -83,27 +97,25 @@ class StepBuilder:
         self._favoured_seconds = 0.0
         self._prompt_seconds = 0.0
 
-    def add_decodes(self, requests: Iterable[Request], grown: Mapping[str, tuple[int, ...]]) -> None:
+    def add_decodes(self, requests: Sequence[Request], grown: Mapping[str, tuple[int, ...]]) -> None:
         """One row each; `grown` has the pages that were appended to their tables."""
         context = 0
-        by_tenant: Counter[str] = Counter()
         for request in requests:
-            start = request.num_computed_tokens
+            request_id, start = request.request_id, request.num_computed_tokens
             context += start + 1
-            by_tenant[request.tenant] += 1
-            self._decoding.add(request.service)
             request.last_step_id = self._step_id
             self.rows.append(
                 ScheduledTokens(
-                    request_id=request.request_id,
+                    request_id=request_id,
                     start=start,
                     num_tokens=1,
-                    new_page_ids=grown.get(request.request_id, ()),
+                    new_page_ids=grown.get(request_id, ()),
                     samples=True,
                 )
             )
+        self._decoding = {request.service for request in requests}
         seconds = self._budget.add_decodes(len(self.rows), context)
-        for tenant, count in by_tenant.items():
+        for tenant, count in Counter([request.tenant for request in requests]).items():
             self._tenants.charge(tenant, seconds * count / len(self.rows))
 
     def add_prompts(self, prompts: Iterable[Request]) -> None:
@@ -112,6 +124,8 @@ class StepBuilder:
             left = self._costs.prefill_seconds(request.num_computed_tokens, request.num_tokens)
             self._line[request.request_id] = (left, request)
             self._num_begun[request.priority] += 1
+            if request.keys is not None:
+                self._leaders.append(request)
             self.backlog_seconds += request.prefill_seconds * request.num_uncomputed_tokens / request.num_tokens
         alone = len(self._line) + len(self._admission.waiting) == 1
         seconds = step_seconds(self._decoding, self._is_pressed(), self._config, alone=alone)
@@ -127,11 +141,20 @@ class StepBuilder:
         rows_kept = int(self._budget.rows_left * seconds_kept / self._budget.prefill_seconds)
         scan = self._admission.waiting.scan()
         first = self._admission.first()
-        num_chunks = num_passed = 0
+        num_chunks = num_passed = num_parked = 0
         while num_chunks < MOST_CHUNKS:
-            request = self._head(scan if num_passed < MOST_SHORTAGES else None, first)
+            may_look = num_passed < MOST_SHORTAGES and num_parked < MOST_PARKED
+            request = self._head(scan if may_look else None, first)
             if request is None:
                 return
+            if request is not first:
+                if self._is_short(request):
+                    num_passed += 1
+                    scan.skip()
+                    continue
+                if self._parks(request):
+                    num_parked += 1
+                    continue
             is_favoured = request is self._favoured
             num_rows = self._rows_for(request, 0.0 if is_favoured else seconds_kept, 0 if is_favoured else rows_kept)
             if not num_rows:
@@ -179,6 +202,8 @@ class StepBuilder:
             if request.status is RequestStatus.RUNNING:
                 self._favoured = request
                 return seconds_kept
+            if self._is_short(request) or self._parks(request):
+                continue
             num_rows = self._rows_for(request, self._budget.seconds_left - seconds_kept)
             if num_rows and self._start(request, num_rows):
                 self._favoured = request
@@ -235,6 +260,70 @@ class StepBuilder:
         wanted = request.limit_after(start) - start
         return self._budget.rows_for(start, wanted, seconds_kept=seconds_kept + replayed, rows_kept=rows_kept)
 
+    def _is_short(self, request: Request) -> bool:
+        """Whether a waiting request was found not to fit and will not fit now."""
+        return bool(self._running) and self._admission.is_short(request, self._step_id)
+
+    def _parks(self, request: Request) -> bool:
+        """Let a waiting request wait for a prefix in flight if that is sooner than computing it as well."""
+        if request.status is not RequestStatus.QUEUED or request.num_preemptions:
+            return False
+        if request.lookup_keys is None or not self._leaders:
+            return False
+        plan = self._plan_for(request)
+        best: tuple[float, Request, int] | None = None
+        for leader in self._leaders:
+            position = self._shared_with(leader, request)
+            if position <= plan.resume_at:
+                continue
+            self._overlapping.add(request.request_id)
+            gained = self._seconds_gained(leader, position, request)
+            if gained > (0.0 if best is None else best[0]):
+                best = (gained, leader, position)
+        if best is None or (request.wait_until is not None and request.wait_until <= self._now):
+            return False
+        _, leader, position = best
+        if position > self._ends.get(leader.request_id, leader.num_computed_tokens) and self._kv.snapshots.num_places:
+            leader.stops.setdefault(position, "junction")
+        if request.wait_until is None:
+            longest = longest_prefix_wait(request.service, plan.est_seconds, self._config)
+            request.wait_until = self._now + longest
+        self._admission.prefixes.begin(request, leader, position)
+        return True
+
+    def _shared_with(self, leader: Request, request: Request) -> int:
+        """Position before which a running prompt computes, or has computed, pages that a waiting one needs; 0: none."""
+        if leader.priority > request.priority or self._now - leader.last_chunk_time >= STANDSTILL_SECONDS:
+            return 0
+        assert leader.grant is not None and leader.grant.tip is not None
+        assert leader.keys is not None and request.keys is not None
+        page_tokens = self._kv.layout.page_tokens
+        num_pages = num_shared_pages(leader.keys, request.keys, leader.grant.tip.depth)
+        return min(num_pages, (request.num_tokens - 1) // page_tokens) * page_tokens
+
+    def _seconds_gained(self, leader: Request, position: int, request: Request) -> float:
+        """How much sooner a waiting prompt is computed if it waits for the leader to get to a position.
+
+        Both would be computed side by side otherwise: where the leader is served no later, its work comes on top of the
+        request's own; a long leader takes its share alone.
+        """
+        own = self._plan_for(request).est_seconds
+        end = self._ends.get(leader.request_id, leader.num_computed_tokens)
+        left = self._costs.prefill_seconds(end, position)
+        if leader.service <= request.service:
+            beside, behind = own + left, left
+        elif left:
+            share = max(self._config.long_prefill_share, LEAST_PREFILL_SHARE)
+            beside, behind = own / (1.0 - self._config.long_prefill_share), left / share
+        else:
+            beside, behind = own, 0.0
+        if left and self._kv.snapshots.num_places:
+            behind += self._resume_costs.load_seconds(self._kv.layout.bytes_per_snapshot)
+        else:
+            behind += self._costs.replay_seconds(position)
+        behind += self._budget.predicted_seconds + self._costs.prefill_seconds(position, request.num_tokens)
+        return beside - behind
+
     def _plan_for(self, request: Request) -> ResumePlan:
         """The way into a waiting request as memory stands."""
         plan = self._plans.get(request.request_id)
@@ -248,24 +337,26 @@ class StepBuilder:
         finishes = num_rows == request.num_tokens - plan.resume_at
         if not finishes and sum(n for p, n in self._num_begun.items() if p <= request.priority) >= MOST_BEGUN:
             return False
-        admitted = self._admission.admit(request, self._running.values(), plan, self._now)
+        admitted = self._admission.admit(request, self._running.values(), plan, self._now, self._step_id)
         if admitted is None:
             return False
         self._plans.clear()
         grant, resume_at = admitted
         if plan.replay and resume_at:
-            self._budget.spend(self._costs.replay_seconds(resume_at))
+            self._budget.add_replay(resume_at)
             if resume_at == plan.junction:
                 # The next one that leaves the cached prompt here is restored.
                 self._kv.order_snapshot(grant, request.token_ids, resume_at, "junction", self._now)
+        self._budget.spend(self._load_seconds(plan) if resume_at == plan.resume_at else 0.0)
         self._resume(request, plan, resume_at)
         request.grant = grant
         self._brought[request.request_id] = tuple(grant.page_ids)
         request.status = RequestStatus.RUNNING
-        if request.first_scheduled_time is None:
-            request.first_scheduled_time = self._now
+        request.start(self._now)
         self._running[request.request_id] = request
         self._num_begun[request.priority] += 1
+        if request.keys is not None:
+            self._leaders.append(request)
         self.new.append(
             NewRequest(
                 request_id=request.request_id,
@@ -278,12 +369,24 @@ class StepBuilder:
         )
         return True
 
+    def _miss_of(self, request: Request, plan: ResumePlan) -> MissReason | None:
+        if request.prompt_logprobs is not None:
+            return "prompt_logprobs"
+        return "in_flight" if request.request_id in self._overlapping else plan.miss
+
+    def _load_seconds(self, plan: ResumePlan) -> float:
+        """Of the copies from host memory that a way in takes."""
+        layout = self._kv.layout
+        num_bytes = plan.num_loads * layout.bytes_per_page
+        num_bytes += layout.bytes_per_snapshot if plan.snapshot is not None else 0
+        return self._resume_costs.load_seconds(num_bytes)
+
     def _resume(self, request: Request, plan: ResumePlan, resume_at: int) -> None:
         """Let a starting request go on at a position, and settle where it leaves snapshots."""
         if request.first_scheduled_time is None:
             request.num_cached_tokens = resume_at
             if request.keys is not None:
-                request.miss_reason = plan.miss if request.prompt_logprobs is None else "prompt_logprobs"
+                request.miss_reason = self._miss_of(request, plan)
                 self._totals.count_start(num_tokens=request.num_tokens, num_cached=resume_at, miss=request.miss_reason)
         elif resume_at:
             self._totals.num_wakes += 1
@@ -323,6 +426,8 @@ class StepBuilder:
         if end == request.num_tokens:
             self._num_begun[request.priority] -= 1
         request.last_step_id = self._step_id
+        request.last_chunk_time = self._now
+        self._ends[request.request_id] = end
         self.rows.append(
             ScheduledTokens(
                 request_id=request.request_id,

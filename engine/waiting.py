@@ -26,6 +26,7 @@ class WaitingQueue:
         self._tenants = tenants
         self._groups: dict[_Group, dict[str, list[_Entry]]] = {}
         self._order: list[_Group] = []
+        self._parked: dict[str, Request] = {}
         self._num_waiting = dict.fromkeys(ServiceClass, 0)
         # Entries of requests that left are dropped when they surface.
         self._urgent: dict[ServiceClass, list[tuple[int, float, int, Request]]] = {s: [] for s in ServiceClass}
@@ -39,24 +40,44 @@ class WaitingQueue:
         for group in self._order:
             for entries in self._groups[group].values():
                 yield from (request for _, request in entries)
+        yield from self._parked.values()
 
     def count(self, service: ServiceClass) -> int:
         return self._num_waiting[service]
 
     def add(self, request: Request) -> None:
         """Queue a request whose work and latest start are known."""
+        self._enter(request)
+        self._count(request, 1)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.order, request))
+
+    def remove(self, request: Request) -> None:
+        if self._parked.pop(request.request_id, None) is None:
+            self._leave(request)
+        self._count(request, -1)
+
+    def park(self, request: Request) -> None:
+        """Let a request wait without being looked at; its deadline still counts."""
+        self._leave(request)
+        self._parked[request.request_id] = request
+        request.status = RequestStatus.PARKED
+
+    def unpark(self, request: Request) -> None:
+        del self._parked[request.request_id]
+        request.status = RequestStatus.QUEUED
+        self._enter(request)
+
+    def _enter(self, request: Request) -> None:
         group = (request.priority, request.service)
         if group not in self._groups:
             self._groups[group] = {}
             insort(self._order, group)
         insort(self._groups[group].setdefault(request.tenant, []), (_work_key(request), request), key=_key)
-        self._count(request, 1)
         urgency = (request.priority, request.latest_start, request.order, request)
         heapq.heappush(self._urgent[request.service], urgency)
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.order, request))
 
-    def remove(self, request: Request) -> None:
+    def _leave(self, request: Request) -> None:
         group = (request.priority, request.service)
         tenants = self._groups[group]
         entries = tenants[request.tenant]
@@ -68,7 +89,6 @@ class WaitingQueue:
             if not tenants:
                 del self._groups[group]
                 self._order.remove(group)
-        self._count(request, -1)
 
     def most_urgent(self, service: ServiceClass) -> Request | None:
         """The waiting request of a class that must start first, priority before time."""
@@ -83,7 +103,8 @@ class WaitingQueue:
         while self._deadlines and self._deadlines[0][0] <= now:
             request = heapq.heappop(self._deadlines)[2]
             # A deadline is for the start; who has started once is past it.
-            if request.status is RequestStatus.QUEUED and request.first_scheduled_time is None:
+            waits = request.status in (RequestStatus.QUEUED, RequestStatus.PARKED)
+            if waits and request.first_scheduled_time is None:
                 late.append(request)
         return late
 
@@ -104,24 +125,30 @@ class Scan:
     def __init__(self, queue: WaitingQueue) -> None:
         self._queue = queue
         self._passed: dict[tuple[_Group, str], int] = {}
+        self._heaps: dict[_Group, list[tuple[float, tuple[float, float, int], str]]] = {}
+        """Tenants by virtual time and their next request. Both only grow, so what is out of date is too low: it comes
+        to the top and is entered again."""
         self._head: tuple[_Group, str] | None = None
 
     def head(self) -> tuple[OrderKey, Request] | None:
         """The next request in order that has not been passed, with its key."""
-        tenants = self._queue._tenants
         for group in self._queue._order:
-            best: tuple[float, tuple[float, float, int], str, Request] | None = None
-            for tenant, entries in self._queue._groups[group].items():
-                index = self._passed.get((group, tenant), 0)
-                if index < len(entries):
-                    key, request = entries[index]
-                    candidate = (tenants[tenant], key, tenant, request)
-                    if best is None or candidate[:2] < best[:2]:
-                        best = candidate
-            if best is not None:
-                seconds, _, tenant, request = best
-                self._head = (group, tenant)
-                return waiting_order(request, seconds), request
+            tenants = self._queue._groups[group]
+            heap = self._heaps.get(group)
+            if heap is None:
+                heap = self._heaps[group] = [(0.0, (0.0, 0.0, 0), tenant) for tenant in tenants]
+            while heap:
+                tenant = heap[0][2]
+                entries, index = tenants.get(tenant, ()), self._passed.get((group, tenant), 0)
+                if index >= len(entries):
+                    heapq.heappop(heap)
+                    continue
+                key, request = entries[index]
+                entry = (self._queue._tenants[tenant], key, tenant)
+                if entry == heap[0]:
+                    self._head = (group, tenant)
+                    return waiting_order(request, entry[0]), request
+                heapq.heapreplace(heap, entry)
         return None
 
     def skip(self) -> None:

@@ -15,6 +15,7 @@ The same functions plan, allocate, admit and document (architecture 4.1-4.3; kv-
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from model.config import CSA_RATIO, HCA_RATIO, LayerKind, ModelConfig
@@ -52,7 +53,7 @@ def index_row_bytes(index_format: IndexFormat, index_head_dim: int) -> int:
     return _ELEMENT_BYTES[index_format] * index_head_dim
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class KVLayout:
     """Sizes of pages and slots of one model under one storage format."""
 
@@ -87,13 +88,13 @@ class KVLayout:
     def bytes_per_index_row(self) -> int:
         return index_row_bytes(self.index_format, self.config.index_head_dim)
 
-    @property
+    @cached_property
     def bytes_per_page(self) -> int:
         num_csa, num_hca = len(self.config.layers_of("csa")), len(self.config.layers_of("hca"))
         csa = num_csa * self.csa_rows_per_page * (self.bytes_per_row + self.bytes_per_index_row)
         return csa + num_hca * self.hca_rows_per_page * self.bytes_per_row
 
-    @property
+    @cached_property
     def bytes_per_slot(self) -> int:
         return self.config.num_hidden_layers * self.window_ring * self.bytes_per_row + self._accumulator_bytes
 
@@ -102,7 +103,7 @@ class KVLayout:
         """Window rows of each layer that the next token sees beside its own."""
         return self.config.sliding_window - 1
 
-    @property
+    @cached_property
     def bytes_per_snapshot(self) -> int:
         """A snapshot at any position; one before `snapshot_window_rows` has room to spare."""
         window = self.config.num_hidden_layers * self.snapshot_window_rows * self.bytes_per_row

@@ -207,8 +207,12 @@ class _EngineCollector(Collector):
             "fathom_host_pages_used", "Pages of the prefix cache in host memory.", stats.num_host_pages_used
         )
         yield self._gauge("fathom_snapshots_used", "Slots saved in host memory.", stats.num_snapshots_used)
-        yield self._counter("fathom_hibernations", "Requests set aside with a snapshot.", stats.num_hibernations)
+        yield self._counter("fathom_hibernations", "Requests set aside, their pages kept.", stats.num_hibernations)
         yield self._counter("fathom_wakes", "Requests that came back from one.", stats.num_wakes)
+        yield self._gauge("fathom_hibernated_requests", "Requests set aside now.", stats.num_hibernated)
+        yield self._counter(
+            "fathom_recompute_preemptions", "Requests set aside and not kept.", stats.num_recompute_preemptions
+        )
         yield self._counter("fathom_moved_bytes", "Copied between device and host.", stats.moved_bytes)
         misses = CounterMetricFamily(
             "fathom_prefix_misses", "Started requests by why no more was cached.", labels=(*_LABELS, "reason")
@@ -216,6 +220,8 @@ class _EngineCollector(Collector):
         for reason, count in sorted(stats.miss_counts.items()):
             misses.add_metric((*self._labels, reason), count)
         yield misses
+        yield self._gauge("fathom_parked_requests", "Waiting for a prefix that another computes.", stats.num_parked)
+        yield self._counter("fathom_prefix_waits", "Waits for such a prefix.", stats.num_prefix_waits)
         yield self._gauge("fathom_grammars", "Requests whose answer follows a grammar.", stats.num_grammars)
         yield self._gauge("fathom_grammar_bytes", "Compiled grammars in the engine, about.", stats.grammar_bytes)
         yield self._counter("fathom_bypasses", "Starts past a request that did not fit.", stats.num_bypasses)

@@ -15,6 +15,8 @@ class Grant:
     slot: int
     num_reserved_pages: int
     """Pages it is sure to get in all; those in `page_ids` are part of it."""
+    num_admitted_pages: int
+    """The same when it was admitted; one that has outgrown them has taken more than was reserved for it."""
     page_ids: list[int] = field(default_factory=list)
     """Page i holds tokens [i * page_tokens, (i + 1) * page_tokens)."""
     own_pages: set[int] = field(default_factory=set)
@@ -46,6 +48,11 @@ class Moves:
     slot_restores: list[SlotRestore] = field(default_factory=list)
     replays: list[Replay] = field(default_factory=list)
     slot_snapshots: list[SlotSnapshot] = field(default_factory=list)
+
+    @property
+    def num_host_loads(self) -> tuple[int, int]:
+        """(pages, snapshots) that are brought from host memory before the rows."""
+        return len(self.page_loads), len(self.slot_restores)
 
     @property
     def num_host_copies(self) -> tuple[int, int]:

@@ -11,13 +11,15 @@ available.
     seal                                      the plan is complete: its moves
     settle, commit, release                   when the step's result is there; only here anything is published (T8)
 
-A request that leaves keeps its slot until the step that writes its last snapshot has run.
+A request that leaves keeps its slot until the step that writes its last snapshot has run. What a hibernated one comes
+back to is pinned (`hibernation`); pins are given up only where nobody could go on otherwise.
 """
 
 import numpy as np
 
 from engine.kv.grant import Grant, Moves, Shortage
 from engine.kv.hashing import PageKeys
+from engine.kv.hibernation import Hibernation, Hibernations
 from engine.kv.misses import Match
 from engine.kv.page_pool import PagePool
 from engine.kv.prefix_index import PrefixIndex
@@ -53,6 +55,7 @@ class KVManager:
             seconds_saved=costs.prefill_seconds,
         )
         self.snapshots = SnapshotStore(num_places=num_snapshots, bytes_per_snapshot=layout.bytes_per_snapshot)
+        self.hibernations = Hibernations(self.index, self.snapshots)
         self._costs = costs
         self._grants: dict[str, Grant] = {}
         self._num_promised = 0
@@ -94,7 +97,8 @@ class KVManager:
         """Give a slot and promise pages for `num_tokens` tokens, or say what is missing.
 
         Returns the grant and the position at which the request goes on. That is the plan's; where nobody else runs and
-        memory is too small for the copies that it needs, a smaller one.
+        memory is too small for the copies that it needs, a smaller one. Where nobody runs a request that fits memory is
+        always admitted: then, at last, other requests' hibernation is given up for it.
         """
         assert request_id not in self._grants, f"{request_id} is admitted twice"
         plan = plan or self._plan(_NOTHING, num_tokens)
@@ -102,14 +106,27 @@ class KVManager:
             shortage = self._take(request_id, num_tokens, plan, keys, now)
             if isinstance(shortage, Grant):
                 return shortage, plan.resume_at
-            if not self._grants and not self._departing and plan.resume_at and keys is not None:
-                for match in self._smaller(keys, token_ids):
-                    plan = self._plan(match, num_tokens if token_ids is None else len(token_ids))
-                    grant = self._take(request_id, num_tokens, plan, keys, now)
-                    if isinstance(grant, Grant):
-                        return grant, plan.resume_at
+            if self._grants or self._departing or keys is None:
+                return shortage
+            while self.hibernations.give_up(spare=request_id):
+                grant = self._take(request_id, num_tokens, plan, keys, now)
+                if isinstance(grant, Grant):
+                    return grant, plan.resume_at
+            self.hibernations.num_given_up += self.hibernations.end(request_id)
+            for match in self._smaller(keys, token_ids) if plan.resume_at else [_NOTHING]:
+                plan = self._plan(match, num_tokens if token_ids is None else len(token_ids))
+                grant = self._take(request_id, num_tokens, plan, keys, now)
+                if isinstance(grant, Grant):
+                    return grant, plan.resume_at
             return shortage
         return self._shortage(self.layout.pages_for(num_tokens))
+
+    def unpin_until(self, num_pages: int) -> None:
+        """Give up hibernations, those that matter least first, until that many pages are available or pins keep none
+        from it. The last resort: what is dropped then is computed again.
+        """
+        while self.num_available_pages < num_pages and self.index.num_stuck and self.hibernations.give_up():
+            pass
 
     def extend(self, grant: Grant, num_tokens: int) -> tuple[int, ...] | Shortage:
         """Grow a table until it covers `num_tokens` tokens; returns the pages that were appended.
@@ -158,6 +175,7 @@ class KVManager:
         for snapshot, grant, slot in ordered:
             gone = grant is not None and self._grants.get(grant.request_id) is not grant
             if lost is not None or gone or (grant is not None and grant.request_id in failed):
+                self.hibernations.lose_snapshot(snapshot)
                 self.snapshots.cancel(snapshot)
             else:
                 self.snapshots.commit(snapshot)
@@ -170,6 +188,7 @@ class KVManager:
         """Pages that a lost step was to move hold nothing. After the step's requests have been released."""
         host = {spill.host_page for spill in lost.page_spills}
         device = {load.page for load in lost.page_loads}
+        self.hibernations.lose_pages(host, device)
         dropped = self.index.discard(host, device)
         self.pages.free(dropped.page_ids)
         self.snapshots.discard(dropped.lost)
@@ -198,11 +217,13 @@ class KVManager:
         now: float = 0.0,
         *,
         keep: SnapshotKind | None = None,
+        priority: int = 0,
     ) -> None:
         """Take everything back. Only after the last step that may touch it has run.
 
         With `keep` the request's last page is cached and its slot, which stands at `num_computed`, is snapshotted by
-        the next plan; until that has run the slot is not free.
+        the next plan; until that has run the slot is not free. "hibernate" pins both, until the request is admitted
+        again or `forget` is called; those of the lowest `priority` are given up first.
         """
         assert self._grants.pop(grant.request_id, None) is grant, f"{grant.request_id} is released twice"
         self._num_promised -= grant.num_reserved_pages - len(grant.page_ids)
@@ -214,6 +235,8 @@ class KVManager:
                 if snapshot is not None:
                     grant.marks.add(num_computed)
                 self._publish_rest(grant, token_ids, num_computed, now)
+                if keep == "hibernate":
+                    self._hibernate(grant, token_ids, num_computed, priority)
             elif token_ids is not None:
                 self.snapshots.discard(self._unseen(grant, token_ids))
             self.index.release(grant.tip, now)
@@ -224,6 +247,10 @@ class KVManager:
             self._moves.slot_snapshots.append(SlotSnapshot(grant.slot, num_computed, snapshot.place))
             self._ordered.append((snapshot, None, grant.slot))
             self._departing[grant.slot] = grant.request_id
+
+    def forget(self, request_id: str) -> None:
+        """A request that waits is gone; nothing is kept for it any more."""
+        self.hibernations.end(request_id)
 
     def check(self) -> None:
         """Recompute the books from the grants; AssertionError names the first lie."""
@@ -240,8 +267,10 @@ class KVManager:
                 assert page_id in grant.own_pages or page_id in cached, "a table has a page that is nobody's"
                 published = grant.tip is not None and i < grant.tip.depth
                 assert published or page_id in grant.own_pages, "a page that is written has readers"
-        self.index.check([g.tip for g in self._grants.values() if g.tip is not None])
+        tips = [g.tip for g in self._grants.values() if g.tip is not None]
+        self.index.check(tips, [h.tip for h in self.hibernations])
         self.snapshots.check()
+        self.hibernations.check()
         promised = sum(g.num_reserved_pages - len(g.page_ids) for g in self._grants.values())
         assert promised == self._num_promised, f"{self._num_promised} pages promised, the grants say {promised}"
         assert self.num_available_pages >= 0, "more pages are promised than there are"
@@ -268,14 +297,15 @@ class KVManager:
     ) -> Grant | Shortage:
         """Carry out a resume plan if pages allow it."""
         wanted = self.layout.pages_for(num_tokens) - plan.num_on_device
-        shared = [*plan.nodes[: plan.num_on_device], *([plan.source] if plan.source is not None else [])]
-        idle = sum(node.page_id is not None and not node.refs for node in shared)
-        if wanted > self.num_available_pages - idle:
+        shared = plan.nodes if plan.source is None else [*plan.nodes, plan.source]
+        evictable = self.index.num_evictable_beside(shared)
+        if wanted > self.pages.num_free + evictable - self._num_promised:
             return self._shortage(wanted)
         grant = Grant(
             request_id=request_id,
             slot=self.slots.allocate(request_id),
             num_reserved_pages=self.layout.pages_for(num_tokens),
+            num_admitted_pages=self.layout.pages_for(num_tokens),
             keys=keys,
         )
         if keys is not None:
@@ -284,6 +314,7 @@ class KVManager:
             if plan.source is not None:
                 self.index.hold(plan.source)
             assert wanted <= self.num_available_pages, "taking shared pages has cost more than they are"
+            self.hibernations.end(request_id)
         self._grants[request_id] = grant
         self._num_promised += wanted
         self._bring(grant, plan, now)
@@ -327,6 +358,19 @@ class KVManager:
             self.snapshots.discard(evicted.lost)
             self._moves.page_spills += [PageSpill(*spill) for spill in evicted.spills]
         return self.pages.allocate(count)
+
+    def _hibernate(self, grant: Grant, token_ids: np.ndarray, position: int, priority: int) -> None:
+        """Pin what a leaving request has in the cache, which its table still holds."""
+        assert grant.keys is not None and grant.tip is not None
+        self.hibernations.begin(
+            Hibernation(
+                request_id=grant.request_id,
+                tip=grant.tip,
+                snapshot=self.snapshots.get(self._key(grant.keys, token_ids, position)),
+                position=position,
+                priority=priority,
+            )
+        )
 
     def _order(
         self, grant: Grant, token_ids: np.ndarray, position: int, kind: SnapshotKind, now: float

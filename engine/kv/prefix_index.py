@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.kv.hashing import PageKeys
+from engine.kv.idle_pages import IdlePages
 from engine.kv.misses import Match, MissMemory
 from engine.kv.page_pool import PagePool
 from engine.kv.prefix_node import TOKEN_BYTES, Mark, Node, count_paths
@@ -65,9 +66,7 @@ class PrefixIndex:
         self._held: list[Node] = []
         self._unsealed_host_pages: list[int] = []
         self._num_on_device = 0
-        self._num_idle = 0
-        self._num_idle_pinned = 0
-        self._num_droppable = 0
+        self._idle = IdlePages()
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -80,7 +79,16 @@ class PrefixIndex:
     @property
     def num_evictable(self) -> int:
         """Device pages that `evict` can free now: in no table, and pinned ones only where host memory has room."""
-        return self._num_idle + min(self._num_idle_pinned, self.host.num_free + self._num_droppable)
+        return self._idle.num_evictable(self.host.num_free)
+
+    @property
+    def num_stuck(self) -> int:
+        """Device pages that stay there for their pins alone: host memory has no room for them."""
+        return self._idle.num_stuck(self.host.num_free)
+
+    def num_evictable_beside(self, nodes: Iterable[Node]) -> int:
+        """`num_evictable` once a table runs through these nodes and all before them, which are among them."""
+        return self._idle.beside(nodes).num_evictable(self.host.num_free)
 
     def root(self, key: bytes) -> Node:
         """The node of an empty prefix; acquire it before anything is published below it."""
@@ -120,7 +128,7 @@ class PrefixIndex:
         node: Node | None = tip
         while node is not None:
             if not node.refs:
-                self._count(node, -1)
+                self._idle.count(node, -1)
             node.refs += 1
             node.hits += 1
             node = node.parent
@@ -137,7 +145,7 @@ class PrefixIndex:
             node.last_use = now
             node.refs -= 1
             if not node.refs:
-                self._count(node, 1)
+                self._idle.count(node, 1)
                 if not node.num_device_children:
                     self._offer(node)
             assert node.refs >= 0, "a table is released twice"
@@ -155,7 +163,7 @@ class PrefixIndex:
         """A copy in the step being planned reads the node's page; nothing moves it before `seal`."""
         for before in node.path():
             if not before.refs:
-                self._count(before, -1)
+                self._idle.count(before, -1)
             before.refs += 1
         self._held.append(node)
 
@@ -176,6 +184,7 @@ class PrefixIndex:
         for node, page_id in zip(absent, page_ids, strict=True):
             assert node.host_page is not None
             copies.append((node.host_page, page_id))
+            self._unsealed_host_pages.append(node.host_page)
             self._move_to_device(node, page_id)
         self.hold(tip)
         return copies
@@ -187,7 +196,7 @@ class PrefixIndex:
             for node in tip.path():
                 node.refs -= 1
                 if not node.refs:
-                    self._count(node, 1)
+                    self._idle.count(node, 1)
                     if not node.num_device_children:
                         self._offer(node)
             self._forget_idle_root(node)
@@ -274,11 +283,7 @@ class PrefixIndex:
         host = [n.host_page for n in self._nodes.values() if n.host_page is not None] + self._unsealed_host_pages
         assert len(set(host)) == len(host), "a host page has two owners"
         self.host.check(set(host))
-        idle = [n for n in self._nodes.values() if n.page_id is not None and not n.refs]
-        droppable = [n for n in self._nodes.values() if n.page_id is None and not n.refs and not n.pins]
-        assert self._num_idle == sum(not n.pins for n in idle), "idle pages are miscounted"
-        assert self._num_idle_pinned == sum(n.pins > 0 for n in idle), "idle pinned pages are miscounted"
-        assert self._num_droppable == len(droppable), "host pages that may go are miscounted"
+        self._idle.check(self._nodes.values())
         for heap, victims in (
             (self._device_victims, {n for n in nodes if n.may_leave_device}),
             (self._host_victims, {n for n in nodes if n.may_be_dropped}),
@@ -311,7 +316,7 @@ class PrefixIndex:
             parent.num_device_children += 1
             self._num_on_device += 1
         elif not node.refs:
-            self._count(node, -1)
+            self._idle.count(node, -1)
             if node.page_id is not None and node.key == key:
                 # Nobody reads the page that is there: an equal one in a table takes its place, and memory is not
                 # held twice.
@@ -319,6 +324,8 @@ class PrefixIndex:
                 node.page_id, adopted = page_id, True
         node.refs += 1
         if node.page_id is None and node.key == key:
+            assert node.host_page is not None
+            self.host.free([node.host_page])
             self._move_to_device(node, page_id)
             adopted = True
         for tail in tails:
@@ -336,9 +343,9 @@ class PrefixIndex:
             self._drop(holder, freed)
 
     def _move_to_device(self, node: Node, page_id: int) -> None:
+        """The caller gives the host page back."""
         parent = node.parent
-        assert node.host_page is not None and node.refs and parent is not None
-        self._unsealed_host_pages.append(node.host_page)
+        assert node.refs and parent is not None
         node.page_id, node.host_page = page_id, None
         parent.num_device_children += 1
         self._num_on_device += 1
@@ -358,9 +365,9 @@ class PrefixIndex:
     def _spill(self, node: Node, host_page: int, evicted: Evicted) -> None:
         page_id, parent = node.page_id, node.parent
         assert page_id is not None and parent is not None and not node.refs
-        self._count(node, -1)
+        self._idle.count(node, -1)
         node.page_id, node.host_page = None, host_page
-        self._count(node, 1)
+        self._idle.count(node, 1)
         parent.num_device_children -= 1
         self._num_on_device -= 1
         evicted.spills.append((page_id, host_page))
@@ -371,7 +378,7 @@ class PrefixIndex:
     def _drop(self, node: Node, evicted: Evicted) -> None:
         parent = node.parent
         assert parent is not None and not node.refs and not node.pins and not node.num_children
-        self._count(node, -1)
+        self._idle.count(node, -1)
         del self._nodes[node.key]
         parent.num_children -= 1
         if node.page_id is not None:
@@ -393,28 +400,16 @@ class PrefixIndex:
 
     def _repin(self, tip: Node, change: int) -> None:
         for node in tip.path():
-            self._count(node, -1)
+            self._idle.count(node, -1)
             node.pins += change
             assert node.pins >= 0, "a pin is taken off twice"
-            self._count(node, 1)
+            self._idle.count(node, 1)
         self._offer(tip)
         self._forget_idle_root(node)
 
     def _forget_idle_root(self, root: Node) -> None:
         if root.parent is None and not (root.refs or root.pins or root.num_children):
             self._roots.pop(root.key, None)
-
-    def _count(self, node: Node, change: int) -> None:
-        """Enter the node into the totals (1) or take it out (-1); around every change of its refs, pins or place."""
-        if node.refs or node.parent is None:
-            return
-        if node.page_id is None:
-            if not node.pins:
-                self._num_droppable += change
-        elif node.pins:
-            self._num_idle_pinned += change
-        else:
-            self._num_idle += change
 
     def _offer(self, node: Node) -> None:
         if node.may_leave_device:

@@ -5,6 +5,7 @@ on. It is found by the name of its position (`Node.key`, or that and the tokens 
 are the runner's; a place is an index into its arena.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Literal
@@ -173,6 +174,11 @@ class SnapshotStore:
         live = {snapshot: rank for rank, snapshot in self._victims.live()}
         assert set(live) == {snapshot for snapshot in held if snapshot.may_be_dropped}, "a victim is not in the heap"
         assert all(rank == self._rank(s.uses, s.last_use, s.seconds_saved) for s, rank in live.items())
+
+    def check_pins(self, pinned: Iterable[Snapshot]) -> None:
+        """Every pin is that of one of `pinned`."""
+        counts = Counter(pinned)
+        assert all(s.pins == counts[s] for s in {*self._by_key.values(), *self._writing}), "pins are wrong"
 
     def _discard(self, snapshot: Snapshot) -> None:
         assert not snapshot.pins, "a pinned snapshot is dropped"

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.config import SAMPLER_ELEMENTS
 from engine.grammar.masks import TokenMasks
 from engine.plan import PromptLogprobs, StepPlan, StepResult, TokenLogprobs
+from engine.runner.copy_clock import CopyClock
 from engine.runner.host_store import HostPages, SnapshotArena
 from engine.runner.inputs import StepInputs, build_inputs, rows_of
 from engine.runner.prompt_logprobs import prompt_logprobs
@@ -48,23 +49,32 @@ class ModelRunner:
         """Run a plan, in the order that `StepPlan` states. An exception may leave pages and slots of the plan's own
         requests half written, and of no others."""
         started = time.perf_counter()
+        clock = CopyClock(self.device)
         for request_id in plan.finished:
             self.table.remove(request_id)
         self._learn(plan)
-        self._move(plan)
+        self._move(plan, clock)
         kept = {(slot, position): snapshot for slot, position, snapshot in plan.slot_snapshots}
         for request_id, slot, position in plan.replays:
             assert self.table.slot(request_id) == slot, f"{request_id} is not in slot {slot}"
             self._replay(slot, position)
             if (slot, position) in kept:
-                self.snapshots.save(slot, position, kept.pop((slot, position)))
+                with clock.timing("save"):
+                    self.snapshots.save(slot, position, kept.pop((slot, position)))
         result = self._compute(plan)
         for (slot, position), snapshot in kept.items():
             assert self.table.num_computed_S[slot] == position, (
                 f"slot {slot} stands at {self.table.num_computed_S[slot]}, not at {position}"
             )
-            self.snapshots.save(slot, position, snapshot)
-        return replace(result, seconds=time.perf_counter() - started)
+            with clock.timing("save"):
+                self.snapshots.save(slot, position, snapshot)
+        copying = clock.read()
+        return replace(
+            result,
+            seconds=time.perf_counter() - started,
+            load_seconds=copying["load"],
+            save_seconds=copying["save"],
+        )
 
     def _learn(self, plan: StepPlan) -> None:
         """New requests and new pages."""
@@ -74,12 +84,16 @@ class ModelRunner:
             if rows.new_page_ids:
                 self.table.append_pages(self.table.slot(rows.request_id), rows.new_page_ids)
 
-    def _move(self, plan: StepPlan) -> None:
+    def _move(self, plan: StepPlan, clock: CopyClock) -> None:
         """Everything that is copied before the first row is computed."""
-        for page, host_page in plan.page_spills:
-            self.host_pages.spill(page, host_page)
-        for host_page, page in plan.page_loads:
-            self.host_pages.load(host_page, page)
+        if plan.page_spills:
+            with clock.timing("save"):
+                for page, host_page in plan.page_spills:
+                    self.host_pages.spill(page, host_page)
+        if plan.page_loads:
+            with clock.timing("load"):
+                for host_page, page in plan.page_loads:
+                    self.host_pages.load(host_page, page)
         if plan.page_copies:
             self.cache.copy_pages(
                 self._ids([copy.source for copy in plan.page_copies]),
@@ -89,7 +103,8 @@ class ModelRunner:
         if cold:
             self.cache.reset_slots(self._ids(cold))
         for slot, snapshot, position in plan.slot_restores:
-            self.snapshots.restore(slot, snapshot, position)
+            with clock.timing("load"):
+                self.snapshots.restore(slot, snapshot, position)
             self.table.num_computed_S[slot] = position
 
     def _replay(self, slot: int, position: int) -> None:

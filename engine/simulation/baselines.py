@@ -266,7 +266,7 @@ class BaselineScheduler:
             return None
         if not entry.was_running:
             request.num_cached_tokens = matched * PAGE_TOKENS
-            request.first_scheduled_time = now
+            request.start(now)
         entry.was_running = True
         self._waiting.popleft()
         self._running.append(entry)

@@ -117,6 +117,7 @@ def add_message(request: SimRequest, token_ids: np.ndarray, arrival: float) -> A
         prompt_token_ids=pack_ids(token_ids),
         sampling=SamplingParams(temperature=0.0, max_tokens=request.answer.num_tokens, ignore_eos=True, seed=0),
         priority=request.priority,
+        tenant=request.key,
         arrival_time=arrival,
     )
 
@@ -213,6 +214,8 @@ class _Simulation:
             token_ids=tuple(self._next_token(request_id) for request_id in request_ids),
             logprobs=(None,) * len(request_ids),
             seconds=seconds,
+            load_seconds=self.machine.load_seconds(work),
+            save_seconds=self.machine.save_seconds(work),
         )
         start, self.now = self.now, self.now + seconds
         clock = time.perf_counter()

@@ -69,9 +69,15 @@ def gpu(name: str, *, efficiency: float | None = None) -> Gpu:
 
 
 def simulated_config(
-    model: ModelConfig, *, kv_bytes: int, max_num_seqs: int = 256, max_num_batched_tokens: int = 8192
+    model: ModelConfig,
+    *,
+    kv_bytes: int,
+    host_bytes: int = 0,
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int = 8192,
 ) -> ResolvedConfig:
-    """The engine configuration of a card with `kv_bytes` for pages and slots: FP8 rows, nothing is allocated.
+    """The engine configuration of a card with `kv_bytes` for pages and slots and `host_bytes` beside it for snapshots
+    and spilled pages: FP8 rows, nothing is allocated.
 
     Raises:
         EngineConfigError: `kv_bytes` hold no page beside the slots.
@@ -81,10 +87,13 @@ def simulated_config(
         device="cuda",
         kv_cache_dtype="fp8",
         kv_cache_bytes=kv_bytes,
+        host_cache_bytes=host_bytes,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
     )
-    facts = MachineFacts(device="cuda", has_bf16=True, free_bytes=_ENOUGH_BYTES, num_cores=_ENOUGH_CORES)
+    facts = MachineFacts(
+        device="cuda", has_bf16=True, free_bytes=_ENOUGH_BYTES, num_cores=_ENOUGH_CORES, host_free_bytes=_ENOUGH_BYTES
+    )
     return resolve(config, model, facts)
 
 
@@ -96,6 +105,8 @@ class StepWork:
     """Tokens that each decode row sees."""
     chunks: list[tuple[int, int]] = field(default_factory=list)
     """(start, rows) of each prompt chunk."""
+    replays: list[int] = field(default_factory=list)
+    """Positions at which slots are rebuilt."""
     num_sampled: int = 0
     bytes_in: int = 0
     """Host to device, before the rows run."""
@@ -129,14 +140,14 @@ class Machine:
         self._index_others = m.hidden_size * (4 * m.index_head_dim + m.index_n_heads)
         self._head = m.vocab_size * m.hidden_size
         self._row_bytes, self._index_bytes = layout.bytes_per_row, layout.bytes_per_index_row
-        self._page_bytes, self._slot_bytes = layout.bytes_per_page, layout.bytes_per_slot
+        self._page_bytes, self._snapshot_bytes = layout.bytes_per_page, layout.bytes_per_snapshot
         # Beyond this context a decode row's cost is a straight line.
         self._linear_from = max(m.sliding_window, 4 * m.index_topk)
         self._decode_base = self.attention_seconds(self._linear_from, 1)
         self._decode_slope = self.attention_seconds(self._linear_from + 1, 1) - self._decode_base
 
     def work_of(self, plan: StepPlan) -> StepWork:
-        """The work of a plan. A snapshot moves a slot's bytes."""
+        """The work of a plan."""
         work = StepWork()
         for rows in plan.scheduled:
             if rows.num_tokens == 1:
@@ -144,18 +155,33 @@ class Machine:
             else:
                 work.chunks.append((rows.start, rows.num_tokens))
             work.num_sampled += rows.samples
-        work.bytes_in = len(plan.page_loads) * self._page_bytes + len(plan.slot_restores) * self._slot_bytes
-        work.bytes_out = len(plan.page_spills) * self._page_bytes + len(plan.slot_snapshots) * self._slot_bytes
+        work.replays = [replay.position for replay in plan.replays]
+        work.bytes_in = len(plan.page_loads) * self._page_bytes + len(plan.slot_restores) * self._snapshot_bytes
+        work.bytes_out = len(plan.page_spills) * self._page_bytes + len(plan.slot_snapshots) * self._snapshot_bytes
         work.bytes_copied = 2 * len(plan.page_copies) * self._page_bytes
         return work
 
     def step_seconds(self, work: StepWork) -> float:
         """Seconds of a step. Loads come before its rows; spills and snapshots run beside them."""
-        card = self.card
+        seconds = self._beside_copies(work)
+        return seconds + self.load_seconds(work) + self._save_seconds(work, seconds)
+
+    def load_seconds(self, work: StepWork) -> float:
+        """What the rows wait for copies from the host."""
+        return work.bytes_in / self.card.link_bandwidth
+
+    def save_seconds(self, work: StepWork) -> float:
+        """What copies to the host take longer than the rows."""
+        return self._save_seconds(work, self._beside_copies(work)) if work.bytes_out else 0.0
+
+    def _save_seconds(self, work: StepWork, seconds: float) -> float:
+        return max(0.0, work.bytes_out / self.card.link_bandwidth - seconds)
+
+    def _beside_copies(self, work: StepWork) -> float:
         seconds = work.bytes_copied / self._bandwidth
         if work.decode_contexts or work.chunks:
             seconds += self.rows_seconds(work)
-        return max(seconds, work.bytes_out / card.link_bandwidth) + work.bytes_in / card.link_bandwidth
+        return seconds + sum(self.replay_seconds(position) for position in work.replays)
 
     def rows_seconds(self, work: StepWork) -> float:
         """Seconds of a step's rows, without what is moved."""
@@ -209,7 +235,7 @@ class Machine:
         reach = self.model.sliding_window - 1
         rows = sum(min(position, (self._num_layers - layer) * reach) for layer in range(self._num_layers))
         mean = -(-rows // self._num_layers)
-        return self.step_seconds(StepWork(chunks=[(position - mean, mean)])) if mean else 0.0
+        return self.rows_seconds(StepWork(chunks=[(position - mean, mean)])) if mean else 0.0
 
     def _fp8(self, parameters: int, num_rows: int) -> float:
         return max(2 * parameters * num_rows / self._fp8_flops, parameters / self._bandwidth)

@@ -39,7 +39,12 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     try:
         model, card = preset(arguments.preset), gpu(arguments.gpu, efficiency=arguments.efficiency)
-        config = simulated_config(model, kv_bytes=int(arguments.kv_gib * _GIB), max_num_seqs=arguments.max_num_seqs)
+        config = simulated_config(
+            model,
+            kv_bytes=int(arguments.kv_gib * _GIB),
+            host_bytes=int(arguments.host_gib * _GIB),
+            max_num_seqs=arguments.max_num_seqs,
+        )
         step_seconds = arguments.step_seconds or config.scheduling.step_seconds
         goal = max(step_seconds, ITL_MARGIN * arguments.slo_itl)
         scheduling = replace(
@@ -117,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", choices=GPUS, default="h200", help="card (default: h200)")
     parser.add_argument("--efficiency", type=float, help="share of the card's arithmetic that is reached")
     parser.add_argument("--kv-gib", type=float, default=80.0, help="GiB for pages and slots (default: 80)")
+    parser.add_argument("--host-gib", type=float, default=64.0, help="GiB of host memory for the cache (default: 64)")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="slots (default: 256)")
     parser.add_argument("--step-seconds", type=float, help="longest step that the policy aims at")
     parser.add_argument("--policy", action="append", choices=POLICIES, help="repeatable (default: all)")

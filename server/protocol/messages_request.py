@@ -9,7 +9,14 @@ from server import limits
 from server.chat_request import ChatRequest, OutputFormat, Tool, ToolChoice
 from server.errors import bad_request, echo
 from server.grammar.formats import output_format_of
-from server.protocol.common import LARGEST_INT32, FormatFields, Real, SamplingFields, ThinkingFields
+from server.protocol.common import (
+    LARGEST_INT32,
+    FormatFields,
+    Real,
+    ReasoningViewFields,
+    SamplingFields,
+    ThinkingFields,
+)
 from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REFUSED_EVERYWHERE
 from server.protocol.members import as_object, member, not_supported, one_of, required
 from server.protocol.messages_blocks import system_text, to_messages
@@ -76,7 +83,7 @@ class CountBody(SamplingFields, ThinkingFields, FormatFields):
         return self.thinking is not None and self.thinking.get("display") == "omitted"
 
 
-class MessagesBody(CountBody):
+class MessagesBody(CountBody, ReasoningViewFields):
     max_tokens: Annotated[int, Field(ge=1, le=LARGEST_INT32)]
 
 

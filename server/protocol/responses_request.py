@@ -10,7 +10,7 @@ from server import limits
 from server.chat_request import ChatRequest, OutputFormat
 from server.errors import bad_request
 from server.grammar.formats import output_format_of
-from server.protocol.common import LARGEST_INT32, FormatFields, SamplingFields, ThinkingFields
+from server.protocol.common import LARGEST_INT32, FormatFields, ReasoningViewFields, SamplingFields, ThinkingFields
 from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REFUSED_EVERYWHERE
 from server.protocol.members import member, not_supported, one_of, required
 from server.protocol.responses_items import later_tools, to_messages
@@ -34,7 +34,7 @@ NO_CHOICES: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
 }
-"""Fields of completions that an answer of one message has no place for."""
+"""Fields of chat and completions that these APIs have no place for."""
 
 ShortKey = Annotated[str, Field(max_length=64)]
 ShortText = Annotated[str, Field(max_length=512)]
@@ -49,7 +49,7 @@ def _input(value: object) -> object:
     return value
 
 
-class ResponsesBody(SamplingFields, ThinkingFields, FormatFields):
+class ResponsesBody(SamplingFields, ThinkingFields, FormatFields, ReasoningViewFields):
     REFUSED = (
         REFUSED_EVERYWHERE
         | NO_CHOICES

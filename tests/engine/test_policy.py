@@ -87,19 +87,29 @@ def test_a_prompt_begun_at_its_latest_start_has_no_slack() -> None:
 
 
 @pytest.mark.parametrize(
-    ("known", "prompt", "most", "expected", "reserved"),
+    ("known", "prompt", "most", "expected", "preempted", "reserved"),
     [
-        (100, 100, 50, None, 150),
-        (100, 100, 5000, None, 1000),
-        (100, 100, 500, 20, 120),
-        (100, 100, 10, 20, 110),
-        (140, 100, 500, 20, 141),
-        (100, 100, 500, 0, 101),
+        (100, 100, 50, None, False, 150),
+        (100, 100, 50_000, None, False, 10_000),
+        (100, 100, 500, 20, False, 120),
+        (100, 100, 10, 20, False, 110),
+        (140, 100, 500, 20, False, 141),
+        (100, 100, 500, 0, False, 101),
+        (140, 100, 5000, 20, True, 140 + 1024),
+        (2140, 100, 5000, 20, True, 100 + 2 * 2040),
+        (2140, 100, 5000, 4500, True, 4600),
+        (2140, 100, 3000, 20, True, 3100),
+        (2140, 100, 50_000, None, True, 10_000),
     ],
 )
-def test_reservation(known: int, prompt: int, most: int, expected: int | None, reserved: int) -> None:
+def test_reservation(known: int, prompt: int, most: int, expected: int | None, preempted: bool, reserved: int) -> None:
     found = tokens_to_reserve(
-        num_tokens=known, num_prompt_tokens=prompt, max_tokens=most, expected_output=expected, max_model_len=1000
+        num_tokens=known,
+        num_prompt_tokens=prompt,
+        max_tokens=most,
+        expected_output=expected,
+        least_ahead=1024 if preempted else 0,
+        max_model_len=10_000,
     )
     assert found == reserved
 
@@ -208,6 +218,13 @@ def test_victims_go_by_priority_then_cost_of_a_page_and_spare_the_last_of_a_clas
     assert choose(running, 18) == ["4", "5", "2", "3", "1", "6"], "the long one last: it is the only one of its class"
     assert choose(running, 0) == []
     assert choose([victim("1"), victim("2", service=LONG)], 1) == ["2"], "somebody has to go"
+
+
+def test_who_has_come_back_is_taken_for_a_higher_priority_only() -> None:
+    running = [victim("1", seconds=4.0), replace(victim("2", seconds=1.0), is_settled=True)]
+    assert choose(running, 1, priority=0) == ["1"]
+    assert choose(running, 1, priority=-1) == ["2"]
+    assert choose(running, 99, priority=0) == ["1"], "its pages are its own until it has outgrown them"
 
 
 @pytest.mark.parametrize("seed", range(20))

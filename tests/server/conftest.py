@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +95,7 @@ def sim_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(sim_model_dir: Path) -> Callable[..., Any]:
     """A factory: `async with serving(answer="...", max_model_len=...) as harness`.
 
-    `answers` are those of a conversation's turns.
+    `answers` are those of a conversation's turns, `by_word` those to prompts that hold a word.
     """
 
     @asynccontextmanager
@@ -103,6 +103,7 @@ def serving(sim_model_dir: Path) -> Callable[..., Any]:
         *,
         answer: str | None = None,
         answers: Sequence[str] = (),
+        by_word: Mapping[str, str] | None = None,
         keys: Sequence[str] = (),
         config: ServerConfig | None = None,
         max_model_len: int = 4096,
@@ -123,6 +124,13 @@ def serving(sim_model_dir: Path) -> Callable[..., Any]:
             def script(prompt: np.ndarray) -> Sequence[int]:
                 """The nth answer to a prompt that opens the nth turn."""
                 return turns[min(np.count_nonzero(prompt == assistant), len(turns)) - 1]
+
+        if by_word is not None:
+            scripts = {word: tokenizer.encode(text, special=True) for word, text in by_word.items()}
+
+            def script(prompt: np.ndarray) -> Sequence[int]:
+                text = tokenizer.decode(prompt.tolist())
+                return next(ids for word, ids in scripts.items() if word in text)
 
         executor = SimExecutor(
             sim_config(engine_config, model),

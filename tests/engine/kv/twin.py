@@ -350,7 +350,6 @@ class World:
                 self.ghosts.discard(prefix)
             else:
                 assert page.host is not None
-                self.loading_host.add(page.host)
                 page.device, page.host = request.table[i], None
                 self.counts["same"] += 1
         elif page.prefix == prefix and unread:

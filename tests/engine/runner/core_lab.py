@@ -70,6 +70,8 @@ class Engine:
         )
         self.executor = WatchedExecutor(config, lab.models[deterministic])
         self.core = EngineCore(self.executor)
+        # Which way back is the cheapest must not depend on how busy this machine is.
+        self.core.scheduler.costs.observe = lambda features, seconds: None  # type: ignore[method-assign]
         self.answers: dict[str, Answer] = {}
         self._top = top
         if page_order is not None:

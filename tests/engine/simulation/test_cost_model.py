@@ -20,6 +20,7 @@ from engine.cost_model import (
     replay_row_equivalents,
 )
 from engine.plan import ScheduledTokens, StepPlan
+from engine.resume_costs import CopyAndComputeCosts
 from engine.simulation.hardware import Machine, StepWork, gpu, simulated_config
 from model.presets import preset
 
@@ -148,6 +149,62 @@ def test_prediction_error_on_a_roofline_with_kinks(name: str, card: str) -> None
     for start, end in ((0, 5000), (0, 100_000), (900_000, 1_000_000)):
         assert learner.prefill_seconds(start, end) == pytest.approx(machine.prefill_seconds(start, end, 2048), rel=0.2)
     assert learner.replay_seconds(500_000) == pytest.approx(machine.replay_seconds(500_000), rel=0.2)
+
+
+def test_steps_with_replays_are_learnt_from_like_others() -> None:
+    """A replay is a pass of its own: what it costs is known from its rows, and it spoils nothing that is known."""
+    layout = simulated_config(FLASH, kv_bytes=80 << 30).layout(FLASH)
+    machine = Machine(FLASH, layout, gpu("h200"))
+    learner, rng = CostModel(FLASH, PRIOR), np.random.default_rng(20)
+
+    def with_replays(seed: int, count: int) -> Iterator[tuple[StepFeatures, StepWork]]:
+        for features, work in steps(seed, count):
+            for position in rng.choice([500, 30_000, 400_000], size=rng.integers(0, 3)).tolist():
+                features.add_replay(learner.replay_rows(position), position)
+                work.replays.append(position)
+            yield features, work
+
+    for features, work in with_replays(21, 500):
+        learner.observe(features, noisy(machine.step_seconds(work), rng))
+    found = [
+        abs(learner.predict(features) / machine.step_seconds(work) - 1.0) for features, work in with_replays(22, 300)
+    ]
+    assert np.quantile(found, 0.95) < 0.15 and np.median(found) < 0.05
+    plain = errors(learner, lambda _, work: machine.step_seconds(work), 23)
+    assert np.quantile(plain, 0.95) < 0.15
+
+
+def test_a_replay_is_counted_wherever_it_is_asked_for() -> None:
+    model = CostModel(FLASH, PRIOR)
+    features = StepFeatures()
+    features.add_decode(1000)
+    without = model.predict(features)
+    features.add_replay(model.replay_rows(50_000), 50_000)
+    assert model.predict(features) == pytest.approx(without + model.replay_seconds(50_000))
+    assert model.predict(features.copy()) == model.predict(features)
+    more = model.predict_with_prefill(features, 0, 500)
+    features.add_prefill(0, 500)
+    assert model.predict(features) == pytest.approx(more)
+    model.observe(features, 2.0 * more)
+    assert model.predict(features) > more
+
+
+def test_the_speed_of_copies_is_learnt() -> None:
+    costs = CopyAndComputeCosts(CostModel(FLASH, PRIOR), "cuda")
+    assert costs.load_seconds(20_000_000_000) == pytest.approx(1.0)
+    rng = np.random.default_rng(24)
+    for _ in range(200):
+        num_bytes = int(rng.integers(1 << 20, 1 << 30))
+        held_up = 50.0 if rng.random() < 0.03 else 1.0
+        costs.observe_load(num_bytes, noisy(held_up * num_bytes / 50e9, rng, 0.1))
+    assert costs.load_seconds(10**9) == pytest.approx(1 / 50, rel=0.3)
+    for _ in range(100):
+        costs.observe_load(10**8, 10**8 / 5e9)
+    assert costs.load_seconds(10**9) == pytest.approx(1 / 5, rel=0.1), "a link that has become slower is noticed"
+    before = costs.load_seconds(10**9)
+    costs.observe_load(0, 1.0)
+    costs.observe_load(10**9, 0.0)
+    assert costs.load_seconds(10**9) == before, "nothing was copied, or nobody measured"
 
 
 def test_the_prior_errs_on_the_slow_side() -> None:

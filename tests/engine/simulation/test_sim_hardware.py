@@ -106,7 +106,7 @@ def test_bytes_of_a_plan() -> None:
         slot_snapshots=((1, 128, 4),),
     )
     work = m.work_of(plan)
-    page, slot = m.layout.bytes_per_page, m.layout.bytes_per_slot
+    page, slot = m.layout.bytes_per_page, m.layout.bytes_per_snapshot
     assert (work.decode_contexts, work.chunks, work.num_sampled) == ([301], [(0, 128)], 1)
     assert (work.bytes_in, work.bytes_out, work.bytes_copied) == (2 * page + slot, page + slot, 2 * page)
     assert m.step_seconds(StepWork()) == 0.0

@@ -18,7 +18,7 @@ from engine.messages import AbortRequest, AddRequest, StepOutputs, unpack_ids
 from engine.plan import StepPlan, StepResult
 
 MakeDevice = Callable[..., SymbolicDevice]
-EPISODES: dict[Kind, int] = {"plain": 8, "crowded": 8, "storm": 8, "full": 8, "faulty": 30}
+EPISODES: dict[Kind, int] = {"plain": 8, "crowded": 8, "asleep": 8, "storm": 8, "full": 8, "faulty": 30}
 """Seeds that must pass, and within which every mutant must fail; faults are rare, so they take more."""
 EPISODE_OPS = 400
 """24,800 operations in all, those not counted in which an episode drains."""
@@ -47,6 +47,8 @@ class Episode:
             faults = Faults(
                 seed=seed, step=rng.choice((0.02, 0.1)), request=rng.choice((0.03, 0.2)), copy=0.2, slow=0.02
             )
+        elif kind == "asleep" and seed % 2:
+            faults = Faults(seed=seed, step=0.02, copy=0.2)
         return Episode(seed=seed, config=config, ops=Traffic(rng, config, kind).ops(num_ops), faults=faults)
 
 

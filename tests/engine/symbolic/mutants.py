@@ -22,11 +22,15 @@ from symbolic.tags import NOTHING
 from symbolic.traffic import Kind
 
 from engine.kv.hashing import PageHasher
+from engine.kv.hibernation import Hibernations
+from engine.kv.idle_pages import IdlePages
 from engine.kv.manager import KVManager
 from engine.kv.prefix_index import PrefixIndex
 from engine.kv.prefix_node import Node
 from engine.kv.snapshot_store import Snapshot
 from engine.plan import StepPlan
+from engine.preemption import Preemption
+from engine.prefix_waits import PrefixWaits
 from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.step_builder import StepBuilder
@@ -141,8 +145,8 @@ ENGINE = (
         "T10",
         "runner not told of a preemption",
         Scheduler,
-        "_preempt",
-        "self._forget.append(request_id)",
+        "_set_aside",
+        "self._forget.append(request.request_id)",
         "pass",
         kind="crowded",
     ),
@@ -151,7 +155,7 @@ ENGINE = (
         "T12",
         "host page free before its load",
         PrefixIndex,
-        "_move_to_device",
+        "load",
         "self._unsealed_host_pages.append(node.host_page)",
         "self.host.free([node.host_page])",
     ),
@@ -179,8 +183,8 @@ ENGINE = (
         "shared pages counted as evictable",
         KVManager,
         "_take",
-        "self.num_available_pages - idle",
-        "self.num_available_pages",
+        "self.index.num_evictable_beside(shared)",
+        "self.index.num_evictable",
     ),
     Mutant(
         "T14",
@@ -196,6 +200,71 @@ ENGINE = (
     Mutant("T19", "key without the pages before", PageHasher, "chain", "state.update(key)", "pass"),
     Mutant(
         "I2", "table leaves its pages referenced", KVManager, "release", "self.index.release(grant.tip, now)", "pass"
+    ),
+    Mutant(
+        "I13",
+        "hibernated pages not pinned",
+        Hibernations,
+        "begin",
+        "self._index.pin(hibernation.tip)",
+        "pass",
+        kind="asleep",
+    ),
+    Mutant("I13", "pins stay", Hibernations, "end", "self._index.unpin(hibernation.tip)", "pass", kind="asleep"),
+    Mutant(
+        "I13",
+        "pins of who has gone away stay",
+        KVManager,
+        "forget",
+        "self.hibernations.end(request_id)",
+        "pass",
+        kind="asleep",
+    ),
+    Mutant(
+        "I13",
+        "nobody is given up for one who runs",
+        KVManager,
+        "unpin_until",
+        "self.hibernations.give_up()",
+        "False",
+        kind="asleep",
+    ),
+    Mutant(
+        "I13",
+        "nobody is given up for one who waits",
+        KVManager,
+        "admit",
+        "self.hibernations.give_up(spare=request_id)",
+        "False",
+        kind="asleep",
+    ),
+    Mutant(
+        "T14",
+        "host memory counted twice",
+        IdlePages,
+        "num_evictable",
+        "self.free + min(self.pinned, num_host_free + self.droppable)",
+        "self.free + self.pinned",
+        kind="asleep",
+    ),
+    Mutant(
+        "I14",
+        "who needs most is spared",
+        Preemption,
+        "_as_victim",
+        "request is needy or ",
+        "",
+        kind="asleep",
+    ),
+    Mutant("I14", "a dead leader is waited for", PrefixWaits, "left", "self._let_go(request)", "pass", kind="storm"),
+    Mutant(
+        "I14",
+        "what has been published is waited for",
+        PrefixWaits,
+        "reached",
+        "awaited <= position",
+        "awaited < position",
+        kind="full",
     ),
     Mutant(
         "I19",

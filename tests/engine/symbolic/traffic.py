@@ -47,8 +47,9 @@ class AbortInFlight:
     request_id: str
 
 
-Kind = Literal["plain", "crowded", "storm", "full", "faulty"]
-"""crowded: answers outgrow what was reserved for them; storm: many are aborted, in small steps; full: sessions that
+Kind = Literal["plain", "crowded", "asleep", "storm", "full", "faulty"]
+"""crowded: answers outgrow what was reserved for them; asleep: the same, with no room in host memory for all who are
+set aside; storm: many are aborted, in small steps; full: sessions that
 take all pages; faulty: the device fails now and then."""
 
 Op = Step | AbortInFlight | Jump | Budget | AddRequest | AbortRequest
@@ -72,6 +73,8 @@ def random_config(rng: random.Random, kind: Kind) -> ResolvedConfig:
     match kind:
         case "crowded":
             num_seqs, num_pages, quantile = 8, rng.choice((6, 7)), 0.02
+        case "asleep":
+            num_seqs, num_pages, quantile, num_rows = 8, 6, 0.02, 3000
         case "storm":
             num_seqs, num_rows, num_snapshots = rng.choice((3, 5)), 48, rng.choice((4, 12))
         case "full":
@@ -93,7 +96,7 @@ def random_config(rng: random.Random, kind: Kind) -> ResolvedConfig:
         max_num_batched_tokens=num_rows,
         num_pages=num_pages,
         num_threads=1,
-        num_host_pages=rng.choice((0, 1, 4, 12, 40)),
+        num_host_pages=rng.choice((0, 1) if kind == "asleep" else (0, 1, 4, 12, 40)),
         num_snapshots=num_snapshots,
         scheduling=SchedulingConfig(
             step_seconds=seconds,
@@ -101,6 +104,11 @@ def random_config(rng: random.Random, kind: Kind) -> ResolvedConfig:
             long_itl_seconds=seconds,
             long_prompt_tokens=rng.choice((600, 262_144)),
             output_quantile=quantile,
+            **(
+                {"unknown_output_tokens": 1, "woken_output_tokens": 20}
+                if kind in ("crowded", "asleep", "faulty")
+                else {}
+            ),
         ),
     )
 
@@ -116,7 +124,8 @@ class Traffic:
         self._draw = draw
         self._sent: list[AddRequest] = []
         self._kind = kind
-        self._arrivals = 0.12 if kind == "crowded" else rng.choice((0.03, 0.06, 0.12))
+        self._is_crowded = kind in ("crowded", "asleep")
+        self._arrivals = 0.12 if self._is_crowded else rng.choice((0.03, 0.06, 0.12))
         self._aborts = self._arrivals * (0.9 if kind == "storm" else 0.2)
 
     def ops(self, count: int) -> list[Op]:
@@ -137,7 +146,7 @@ class Traffic:
         return Step()
 
     def _request(self) -> AddRequest:
-        rng, crowded = self._rng, self._kind == "crowded"
+        rng, crowded = self._rng, self._is_crowded
         salt = rng.choice(("", "", "", "a", "b"))
         kind = rng.random()
         if self._sent and kind < 0.45:
@@ -153,7 +162,7 @@ class Traffic:
                 salt = rng.choice(("", "a", "b"))
         else:
             cut = rng.choice((*EDGES, rng.randrange(1, 1300), rng.randrange(1, 1300), rng.randrange(1100, 1450)))
-            if self._kind == "crowded":
+            if crowded:
                 cut = min(cut, rng.randrange(100, 300))
             elif self._kind == "full":
                 cut = max(cut, rng.randrange(800, 1350))
@@ -167,7 +176,9 @@ class Traffic:
             request_id=f"r{len(self._sent)}",
             prompt_token_ids=pack_ids(prompt),
             sampling=SamplingParams(
-                max_tokens=rng.choice((1, 2, 300) if crowded else (1, 2, 7, 30, 30, 120, 300)),
+                max_tokens=rng.choice(
+                    (300, 600) if self._kind == "asleep" else (1, 2, 300) if crowded else (1, 2, 7, 30, 30, 120, 300)
+                ),
                 ignore_eos=rng.random() < (0.7 if crowded else 0.2),
                 min_tokens=rng.choice((0, 0, 0, 5)),
                 seed=rng.choice((1, 2, 3)),
