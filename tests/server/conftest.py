@@ -267,7 +267,7 @@ class ServerProcess:
 
     def engine_pid(self) -> int:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (pid,) = children
+        (pid,) = (pid for pid in children if b"engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes())
         return int(pid)
 
     def wait(self, seconds: float = 15.0) -> int:
