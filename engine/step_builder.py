@@ -202,7 +202,7 @@ class StepBuilder:
             if request.status is RequestStatus.RUNNING:
                 self._favoured = request
                 return seconds_kept
-            if self._is_short(request) or self._parks(request):
+            if not self._kv.num_free_slots or self._is_short(request) or self._parks(request):
                 continue
             num_rows = self._rows_for(request, self._budget.seconds_left - seconds_kept)
             if num_rows and self._start(request, num_rows):

@@ -106,7 +106,7 @@ def random_config(rng: random.Random, kind: Kind) -> ResolvedConfig:
             output_quantile=quantile,
             **(
                 {"unknown_output_tokens": 1, "woken_output_tokens": 20}
-                if kind in ("crowded", "asleep", "faulty")
+                if kind in ("crowded", "asleep")
                 else {}
             ),
         ),
