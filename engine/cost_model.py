@@ -45,6 +45,7 @@ _PRIOR_WEIGHT = 0.1
 """Of the prior, in observations; it fades like they do."""
 _INERTIA = 0.3
 """Observations that hold a coefficient in place while nothing is learnt about it."""
+_INERTIA_MATRIX = np.eye(_NUM_PARTS) * _INERTIA
 _OUTLIER = 4.0
 """Residuals beyond this many typical ones weigh less, in proportion."""
 _LEAST_SPREAD = 0.02
@@ -300,17 +301,15 @@ class CostModel:
         The inertia does not bias what is learnt: it pulls to where the fit already is. It keeps a coefficient that has
         not been seen for long from following a single step.
         """
-        matrix = self._information + np.eye(_NUM_PARTS) * _INERTIA
+        matrix = self._information + _INERTIA_MATRIX
         vector = self._target + _INERTIA * self._multiples
+        fit: np.ndarray = np.linalg.solve(matrix, vector)
         free = np.ones(_NUM_PARTS, dtype=bool)
-        while True:
+        while fit.min() < 0.0:
+            free &= fit >= 0.0
             fit = np.zeros(_NUM_PARTS)
             fit[free] = np.linalg.solve(matrix[np.ix_(free, free)], vector[free])
-            negative = fit < 0.0
-            if not negative.any():
-                self._multiples = fit
-                return
-            free &= ~negative
+        self._multiples = fit
 
     def _parts(self, features: StepFeatures) -> np.ndarray:
         """float64 [parts]: how much of each coefficient a step takes."""

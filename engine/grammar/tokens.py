@@ -19,9 +19,8 @@ LIMITS = LLParserLimits(
     max_grammar_size=500_000,
     verbose_errors=False,
 )
-"""Bounds of one matcher: each mask ends within tens of milliseconds of CPU time, compiling within some hundred.
-
-Whatever needs more is an error of its request. Errors hold no text of the answer."""
+"""Bounds of one matcher: a mask ends within tens of milliseconds of CPU time, compiling within some hundred; what needs
+more is an error of its request. Errors hold no text of the answer."""
 
 _MOST_ROWS = 64
 

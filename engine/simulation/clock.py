@@ -110,14 +110,19 @@ class Run:
     num_preemptions: int
 
 
-def add_message(request: SimRequest, token_ids: np.ndarray, arrival: float) -> AddRequest:
-    """The message that a server would send."""
+def keyed_message(request: SimRequest, token_ids: np.ndarray, arrival: float) -> AddRequest:
+    """The message that a server would send where fairness is owed to the keys of the trace."""
+    return add_message(request, token_ids, arrival, tenant=request.key)
+
+
+def add_message(request: SimRequest, token_ids: np.ndarray, arrival: float, *, tenant: str = "") -> AddRequest:
+    """The message that a server would send to an engine of one party."""
     return AddRequest(
         request_id=request.request_id,
         prompt_token_ids=pack_ids(token_ids),
         sampling=SamplingParams(temperature=0.0, max_tokens=request.answer.num_tokens, ignore_eos=True, seed=0),
         priority=request.priority,
-        tenant=request.key,
+        tenant=tenant,
         arrival_time=arrival,
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 from engine.config import EngineConfigError, ResolvedConfig
 from engine.scheduler import Scheduler
 from engine.simulation.baselines import BASELINES, BaselineScheduler
-from engine.simulation.clock import Planner, Run, SimulationError, simulate
+from engine.simulation.clock import Planner, Run, SimulationError, add_message, keyed_message, simulate
 from engine.simulation.generators import GENERATORS
 from engine.simulation.hardware import GPUS, Machine, gpu, simulated_config
 from engine.simulation.plot import PlotError, write_png
@@ -56,7 +56,13 @@ def main(argv: Sequence[str]) -> int:
         reports: list[Report] = []
         for policy in arguments.policy or POLICIES:
             machine = Machine(model, config.layout(model), card)
-            runs[policy] = simulate(trace, _planner(policy, config, model), machine, until=arguments.until)
+            runs[policy] = simulate(
+                trace,
+                _planner(policy, config, model),
+                machine,
+                until=arguments.until,
+                to_message=keyed_message if arguments.keys else add_message,
+            )
             goals = Goals(ttft_seconds=arguments.slo_ttft, ttft_work=arguments.slo_work, itl_seconds=arguments.slo_itl)
             reports.append(summarize(runs[policy], machine, policy=policy, goals=goals))
         print(table(reports))
@@ -126,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-num-seqs", type=int, default=256, help="slots (default: 256)")
     parser.add_argument("--step-seconds", type=float, help="longest step that the policy aims at")
     parser.add_argument("--policy", action="append", choices=POLICIES, help="repeatable (default: all)")
+    parser.add_argument("--keys", action="store_true", help="be fair between the trace's keys (default: one party)")
     parser.add_argument("--until", type=float, metavar="SECONDS", help="stop the virtual clock there")
     parser.add_argument("--seed", type=int, default=0, help="of a generated load (default: 0)")
     parser.add_argument("--slo-ttft", type=float, default=1.0, help="goal: seconds to the first token (default: 1)")

@@ -17,8 +17,8 @@ async def build_grammar(
     """The grammar of a chat answer; None when it may be anything.
 
     Offered tools always bind their calls; text is free up to one unless a call is required or a format asked for. With
-    tools and a format the answer is one or the other. While the model thinks nothing is bound, but neither the end
-    nor a call can come before the end of the reasoning. Keywords of tools that are not strict which cannot be kept are
+    tools and a format the answer is one or the other. While the model thinks nothing is bound, but neither the end nor
+    a call can come before the end of the reasoning. Keywords of tools that are not strict which cannot be kept are
     added to `left_out` (`tools.NAME.properties.KEY.KEYWORD`).
 
     Raises:

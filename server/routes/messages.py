@@ -7,7 +7,7 @@ from secrets import token_hex
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.chat_run import Events, render_request, start_chat
+from server.chat_run import Events, render_request, start_chat, truncated_prompt, turns_of
 from server.errors import ApiError
 from server.middleware import context_of
 from server.protocol import sse
@@ -55,8 +55,11 @@ async def count_tokens(request: Request) -> Response:
     serving = state.serving()
     check_model(state, body.model)
     chat = await off_loop(num_bytes, lambda: to_chat(body, state.model_name))
+    turns = turns_of(state, context, chat)
     with renamed_params(PARAMS), state.admission.enter(context.key_id, 1):
-        prompt = await off_loop(num_bytes, lambda: render_request(serving, chat))
+        prompt = await off_loop(
+            num_bytes, lambda: truncated_prompt(serving, chat, render_request(serving, chat, turns))
+        )
     return Response(sse.json_bytes({"input_tokens": len(prompt.token_ids)}), media_type="application/json")
 
 

