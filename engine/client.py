@@ -1,7 +1,7 @@
 """The server's view of an engine. Routes and generation know this interface only, never a transport."""
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from engine.messages import (
@@ -36,6 +36,21 @@ class RequestOutput:
     queued_seconds: float = 0.0
 
 
+def joined(outputs: Sequence[RequestOutput]) -> RequestOutput:
+    """Several outputs of one request, in order, as one."""
+    last = outputs[-1]
+    rows = [row for output in outputs for row in output.logprobs or ()]
+    return replace(
+        last,
+        token_ids=tuple(token_id for output in outputs for token_id in output.token_ids),
+        cached_tokens=max(output.cached_tokens for output in outputs),
+        miss_reason=next((o.miss_reason for o in outputs if o.miss_reason is not None), None),
+        logprobs=tuple(rows) if any(output.logprobs is not None for output in outputs) else None,
+        prompt_logprobs=next((o.prompt_logprobs for o in outputs if o.prompt_logprobs is not None), None),
+        queued_seconds=max(output.queued_seconds for output in outputs),
+    )
+
+
 class EngineClient(Protocol):
     """One engine. All methods are called on the server's event loop."""
 
@@ -57,7 +72,8 @@ class EngineClient(Protocol):
         ...
 
     def submit(self, request: AddRequest) -> AsyncIterator[RequestOutput]:
-        """Send a request; the iterator ends after the output with a finish reason.
+        """Send a request; the iterator ends after the output with a finish reason. What came since the last output was
+        asked for is one output.
 
         Closing the iterator early aborts the request. Raises EngineDeadError when the engine is dead or dies.
         """

@@ -15,7 +15,7 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
-from engine.client import EngineDeadError, RequestOutput
+from engine.client import EngineDeadError, RequestOutput, joined
 from engine.core import EngineCore
 from engine.executor import Executor
 from engine.messages import (
@@ -85,7 +85,8 @@ class StreamingClient(ABC):
     async def submit(self, request: AddRequest) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request; the last one has a finish reason. The request is sent at the first iteration.
 
-        Closing the iterator early aborts the request.
+        A reader that is slower than the engine gets the outputs of several steps as one. Closing the iterator early
+        aborts the request.
 
         Raises:
             EngineDeadError: the engine is dead or dies meanwhile.
@@ -100,11 +101,15 @@ class StreamingClient(ABC):
         try:
             self._send(request)
             while not ended:
-                output = await stream.get()
-                if output is None:
+                outputs = [await stream.get()]
+                while not stream.empty():
+                    outputs.append(stream.get_nowait())
+                news = [output for output in outputs if output is not None]
+                if news:
+                    ended = news[-1].finish_reason is not None
+                    yield news[0] if len(news) == 1 else joined(news)
+                if len(news) < len(outputs) and not ended:
                     raise EngineDeadError(self._dead_reason)
-                ended = output.finish_reason is not None
-                yield output
         finally:
             del self._streams[request.request_id]
             if not ended:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from model.config import ModelConfig
+from model.config import CSA_RATIO, ModelConfig
 from model.kv_layout import IndexFormat, KVLayout, RowFormat
 
 DType = Literal["auto", "bfloat16", "float32"]
@@ -186,6 +186,10 @@ _SECONDS = (
     "long_itl_seconds",
 )
 _ACTIVATION_COPIES = 24
+_BLOCK_BYTES = 16 << 20
+"""Blocks of fixed size: index scores and their best, keys and values of a tile of queries."""
+_ENTRY_BYTES = 32
+"""Of one CSA entry of the longest request, in the lists of entries that a step makes for its layers."""
 
 
 def resolve_formats(
@@ -228,9 +232,11 @@ def workspace_bytes(
     dtype: Literal["bfloat16", "float32"],
     max_num_seqs: int,
     max_num_batched_tokens: int,
+    max_model_len: int,
 ) -> int:
-    """Memory one step may need beside weights, pages and slots: logits of one block of rows, counts of the penalties
-    and the activations of the widest layer. An estimate from above for the logits, an empirical one for activations.
+    """Memory one step may need beside weights, pages and slots: logits of one block of rows, counts of the penalties,
+    the activations of the widest layer, and what it takes to find entries. An estimate from above for the logits, an
+    empirical one for the rest.
     """
     # Every row of a step may want logits: those of prompt tokens whose log probabilities were asked for do.
     rows = max(max_num_seqs, max_num_batched_tokens)
@@ -242,7 +248,8 @@ def workspace_bytes(
         model.num_experts_per_tok * 2 * model.moe_intermediate_size,
     )
     element = 2 if dtype == "bfloat16" else 4
-    return logits + counts + max_num_batched_tokens * widest * element * _ACTIVATION_COPIES
+    activations = max_num_batched_tokens * widest * element * _ACTIVATION_COPIES
+    return logits + counts + activations + _BLOCK_BYTES + max_model_len // CSA_RATIO * _ENTRY_BYTES
 
 
 def resolve(config: EngineConfig, model: ModelConfig, facts: MachineFacts) -> ResolvedConfig:
@@ -259,7 +266,11 @@ def resolve(config: EngineConfig, model: ModelConfig, facts: MachineFacts) -> Re
     )
     most_seqs = config.max_num_seqs or min(MOST_SEQS, batched_tokens)
     workspace = workspace_bytes(
-        model, dtype=formats.dtype, max_num_seqs=most_seqs, max_num_batched_tokens=batched_tokens
+        model,
+        dtype=formats.dtype,
+        max_num_seqs=most_seqs,
+        max_num_batched_tokens=batched_tokens,
+        max_model_len=config.max_model_len or model.max_position_embeddings,
     )
     budget = _kv_budget(config, facts, workspace)
     num_seqs = config.max_num_seqs or max(1, min(most_seqs, budget // SLOT_SHARE // layout.bytes_per_slot))

@@ -11,7 +11,7 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from server.chat_request import ChatRequest
+from server.chat_request import ChatRequest, OutputFormat
 from server.compat import as_deepseek
 from server.errors import bad_request, echo
 from server.generation import GenerationEvent
@@ -72,7 +72,7 @@ async def start_chat(
     ]
     turns = turns_of(state, context, chat)
     whole_prompt = await off_loop(num_bytes, lambda: render_request(serving, chat, turns))
-    prompt = _truncated(serving, chat, whole_prompt)
+    prompt = truncated_prompt(serving, chat, whole_prompt)
     num_prompt_tokens = len(prompt.token_ids)
     check_prompt_logprobs([num_prompt_tokens], sampling.prompt_logprobs, "prompt_logprobs")
     max_tokens = completion_budget(
@@ -84,7 +84,7 @@ async def start_chat(
         limit_param=chat.max_tokens_param,
         lowers=chat.lowers_max_tokens,
     )
-    grammar = await build_grammar(serving.grammars, chat, serving.tokenizer)
+    grammar = await build_grammar(serving.grammars, chat, serving.tokenizer, left_out=context.ignored_fields)
     jobs = []
     for n, ticket in enumerate(tickets):
         ticket.count(num_prompt_tokens if n == 0 or not shares else 1)
@@ -121,7 +121,7 @@ def turns_of(state: ServerState, context: RequestContext, chat: ChatRequest) -> 
 
 
 def render_request(serving: Serving, chat: ChatRequest, turns: Turns | None = None) -> Prompt:
-    """The prompt of a request, without running it; with `turns`, exactly the one that would run.
+    """The whole prompt of a request, without running it; with `turns`, exactly the one that would run.
 
     Raises:
         ApiError: 400 with `param`.
@@ -129,7 +129,7 @@ def render_request(serving: Serving, chat: ChatRequest, turns: Turns | None = No
     truncates = chat.fields.truncate_prompt_tokens is not None
     check_text_length(serving, _contents(chat.messages), special=False, param=chat.messages_param, truncates=truncates)
     tools, choice = _rendered_tools(chat)
-    rendered = chat.output_format.rendered if chat.output_format is not None else None
+    rendered = _stated_format(chat.output_format)
     try:
         return render_chat(
             serving.tokenizer,
@@ -152,13 +152,15 @@ def render_request(serving: Serving, chat: ChatRequest, turns: Turns | None = No
         raise bad_request(echo(str(error)), param=param) from None
 
 
-def _truncated(serving: Serving, chat: ChatRequest, prompt: Prompt) -> Prompt:
+def truncated_prompt(serving: Serving, chat: ChatRequest, prompt: Prompt) -> Prompt:
+    """What `truncate_prompt_tokens` leaves of the prompt; the same object when that is all of it."""
     kept = truncated(prompt.token_ids, chat.fields, serving.max_request_tokens, chat.max_tokens)
     if len(kept) == len(prompt.token_ids):
         return prompt
     dropped = len(prompt.token_ids) - len(kept) if chat.fields.truncation_side == "left" else 0
     turn_start = max(0, prompt.turn_start - dropped)
-    return replace(prompt, token_ids=kept, turn_start=turn_start if turn_start <= len(kept) else 0)
+    turn_start = turn_start if turn_start <= len(kept) else 0
+    return replace(prompt, token_ids=kept, text=serving.tokenizer.decode(kept.tolist()), turn_start=turn_start)
 
 
 def offers_tools(chat: ChatRequest) -> bool:
@@ -171,6 +173,15 @@ def default_tokens(tier: str | None, *, thinking: bool) -> int:
     if not thinking:
         return DEFAULT_TOKENS_CHAT
     return DEFAULT_TOKENS_MAX_EFFORT if tier == "max" else DEFAULT_TOKENS_THINKING
+
+
+def _stated_format(wanted: OutputFormat | None) -> dict[str, Any] | None:
+    """The format as the prompt states it: a schema as it was sent, for the grammar keeps all of it. Strict ones would
+    lose keywords and definitions in the encoder.
+    """
+    if wanted is None or wanted.rendered is None or wanted.rendered.get("type") != "json_schema":
+        return None if wanted is None else wanted.rendered
+    return {**wanted.rendered, "json_schema": {**wanted.rendered["json_schema"], "strict": False}}
 
 
 def _rendered_tools(chat: ChatRequest) -> tuple[list[dict[str, Any]] | None, Any]:

@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP",
     "chat": "talk to a running server",
     "make-checkpoint": "write a random checkpoint in the official format",
+    "openapi": "print the OpenAPI document of the server",
     "simulate": "run the scheduler on a virtual clock, against a trace",
 }
 USAGE_ERROR = 2
@@ -32,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from model.tools.make_checkpoint import main as make_checkpoint
 
         return make_checkpoint(arguments[1:])
+    if arguments and arguments[0] == "openapi":
+        return _openapi(arguments[1:])
     if arguments and arguments[0] == "simulate":
         from engine.tools.simulate import main as simulate
 
@@ -46,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, help="`fathom COMMAND --help` says more", metavar="COMMAND")
     parser.parse_args(arguments)
     raise AssertionError("argparse exits on everything that is not a command")
+
+
+def _openapi(argv: list[str]) -> int:
+    argparse.ArgumentParser(prog="fathom openapi", description=COMMANDS["openapi"]).parse_args(argv)
+    from server.app import openapi
+
+    sys.stdout.write(openapi().decode() + "\n")
+    return 0
 
 
 def serve_parser() -> argparse.ArgumentParser:

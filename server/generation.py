@@ -100,7 +100,6 @@ class Generator:
         starts_in: StartsIn = "content",
         continues: bool = False,
         tools: bool = False,
-        constrained: bool = False,
         stop: Sequence[str] = (),
         include_stop: bool = False,
         cache_salt: str = "",
@@ -117,8 +116,8 @@ class Generator:
 
         The request is submitted when the first event is asked for. Closing the iterator early aborts it.
         parse "chat" splits reasoning from content (`starts_in` and `continues` come from the Prompt) and, with `tools`,
-        both from tool calls, whose arguments are known to be JSON when the answer is `constrained`; "raw" makes all of
-        it content. `stop` strings end the answer before themselves (behind with `include_stop`); they are looked for in
+        both from tool calls, whose arguments are known to be JSON when there is a `grammar`; "raw" makes all of it
+        content. `stop` strings end the answer before themselves (behind with `include_stop`); they are looked for in
         content, not in reasoning or calls, and not within the first `min_tokens` tokens. An answer that stopped inside
         an argument of a call ends with "length". Without `skip_special` BOS and its like are text too. Failures of the
         request and of the engine come as a last event with `error`; nothing is raised for them.
@@ -129,7 +128,7 @@ class Generator:
                 starts_in=starts_in if parse == "chat" else "raw",
                 continues=continues,
                 tools=tools,
-                streams_json=constrained,
+                streams_json=grammar is not None,
                 skip_special=skip_special,
             ),
             self._tokenizer,

@@ -83,7 +83,7 @@ class Guard:
                 status = message["status"]
                 request_id = context.request_id.encode("ascii")
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
-                if speaks_anthropic(scope["path"]):
+                if speaks_anthropic(path):
                     message["headers"].append((b"request-id", request_id))
                 if context.ignored_fields:
                     message["headers"].append((b"x-fathom-ignored-fields", _names(context.ignored_fields)))
@@ -162,7 +162,9 @@ def _request_id(headers: list[tuple[bytes, bytes]]) -> str:
 
 def _names(fields: list[str]) -> bytes:
     """Names for a header: letters, digits, `_`, `.` and `-`, bounded in number and length."""
-    shown = [_NOT_A_NAME.sub("?", name[: limits.MOST_IGNORED_CHARS]) for name in fields[: limits.MOST_IGNORED_NAMES]]
+    # An empty name at the end would leave a space there, which is no header value.
+    cut = [name[: limits.MOST_IGNORED_CHARS] or "?" for name in fields[: limits.MOST_IGNORED_NAMES]]
+    shown = [_NOT_A_NAME.sub("?", name) for name in cut]
     if len(fields) > limits.MOST_IGNORED_NAMES:
         shown.append("...")
     return ", ".join(shown).encode("ascii")

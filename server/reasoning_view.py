@@ -14,11 +14,11 @@ import msgspec
 
 from server.chat_run import ChatRun, Events
 from server.generation import GenerationEvent
-from server.protocol.common import ThinkingFields
+from server.protocol.common import ReasoningViewFields
 from server.validation import END_OF_REASONING
 
 
-def reasoning_view(run: ChatRun, fields: ThinkingFields) -> ChatRun:
+def reasoning_view(run: ChatRun, fields: ReasoningViewFields) -> ChatRun:
     """The same run, its reasoning shown as `fields` ask for."""
     if not run.thinking:
         return run

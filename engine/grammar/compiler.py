@@ -16,7 +16,7 @@ from engine.messages import Grammar
 logger = logging.getLogger(__name__)
 
 CACHE_BYTES = 256 << 20
-COPY_BYTES = 16 << 10
+COPY_BYTES = 128 << 10
 """What a request's own place in a grammar takes, about; the rest is shared."""
 _BASE_BYTES = 256 << 10
 _BYTES_PER_CHARACTER = 64

@@ -19,8 +19,8 @@ LIMITS = LLParserLimits(
     max_grammar_size=500_000,
     verbose_errors=False,
 )
-"""Bounds of one matcher: compiling ends within tens of milliseconds, a mask within some twenty; whatever needs more is
-an error of its request. Errors hold no text of the answer."""
+"""Bounds of one matcher: a mask ends within tens of milliseconds of CPU time, compiling within some hundred; what needs
+more is an error of its request. Errors hold no text of the answer."""
 
 _MOST_ROWS = 64
 
@@ -41,6 +41,9 @@ class GrammarTokens:
         for token_id, name in added.items():
             table[token_id] = name.encode()
         marked = {*added, *(token_id for token_id, text in enumerate(table) if not text)}
+        for token_id in marked - added.keys():
+            # The library takes tokens of no bytes for a beginning of every marker.
+            table[token_id] = b"<no token %d>" % token_id
         self.vocab_size = vocab_size
         self.eos_token_id = eos_token_id
         self.num_words = (vocab_size + 31) // 32

@@ -54,8 +54,8 @@ class ResumePlan:
     miss: MissReason | None
     """Why more was not found; None when all that could be expected was. "salt" is not for clients."""
     junction: int | None
-    """Page end, not before `resume_at`, at which this prompt leaves a cached one: a snapshot there would serve the next
-    such prompt."""
+    """Page end, not before `resume_at`, behind which this prompt leaves a cached one, or seems to: less than a page has
+    no name to be compared. A snapshot there would serve the next such prompt."""
 
     @property
     def num_loads(self) -> int:
@@ -144,6 +144,7 @@ def _miss(match: Match, num_tokens: int, resume_at: int, page_tokens: int) -> Mi
 
 
 def _junction(match: Match, snapshots: SnapshotStore, page_tokens: int) -> int | None:
-    if match.end != "diverged" or snapshots.get(match.nodes[-1].key) is not None:
+    if not match.nodes or not match.nodes[-1].num_children or snapshots.get(match.nodes[-1].key) is not None:
         return None
-    return len(match.nodes) * page_tokens
+    depth = len(match.nodes) * page_tokens
+    return None if match.marks and match.marks[-1].position > depth else depth

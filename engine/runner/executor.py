@@ -139,6 +139,7 @@ class ModelExecutor:
             dtype=config.dtype,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
         )
         return (
             f"{config.device} {config.dtype}, rows {config.row_format}, index keys {config.index_format}: "

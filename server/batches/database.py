@@ -139,6 +139,18 @@ class Database:
         """
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, work)
 
+    async def give_back_space(self) -> None:
+        """After something was deleted: its pages and its traces in the journal go back to the file system."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._shrink)
+
+    def _shrink(self) -> None:
+        try:
+            # A script, because `execute` would free one page.
+            self._connection.executescript("PRAGMA incremental_vacuum; PRAGMA wal_checkpoint(TRUNCATE);")
+        except sqlite3.OperationalError as error:
+            # Nothing is lost: the next deletion tries again.
+            logs.server.error("the database of files and batches did not shrink: %s", error)
+
     def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
             self._connection.execute("BEGIN IMMEDIATE")

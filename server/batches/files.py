@@ -124,7 +124,7 @@ class Files:
             delete_file(connection, file)
 
         await self._database.run(work)
-        await self._database.run(give_back_space)
+        await self._database.give_back_space()
 
     async def read(self, file: File) -> AsyncGenerator[bytes, None]:
         """The contents, piece by piece. Ends early when the file is deleted meanwhile."""
@@ -151,7 +151,7 @@ class Files:
             return bool(expired)
 
         if await self._database.run(work):
-            await self._database.run(give_back_space)
+            await self._database.give_back_space()
 
     def _now(self) -> int:
         return int(self._clock())
@@ -204,11 +204,6 @@ def delete_file(connection: sqlite3.Connection, file: File) -> None:
     connection.execute("DELETE FROM files WHERE seq = ?", (file.seq,))
     if file.batch is not None:
         connection.execute("UPDATE lines SET result = NULL WHERE batch = ? AND ok = ?", (file.batch, file.ok))
-
-
-def give_back_space(connection: sqlite3.Connection) -> None:
-    """Free pages go back to the file system."""
-    connection.execute("PRAGMA incremental_vacuum").fetchall()
 
 
 def read_piece(connection: sqlite3.Connection, file: File, position: int) -> tuple[bytes, int]:

@@ -11,12 +11,15 @@ from server.validation import END_OF_REASONING
 CALL_MARKER = "｜DSML｜"
 
 
-async def build_grammar(service: GrammarService, chat: ChatRequest, tokenizer: Tokenizer) -> Grammar | None:
+async def build_grammar(
+    service: GrammarService, chat: ChatRequest, tokenizer: Tokenizer, *, left_out: list[str] | None = None
+) -> Grammar | None:
     """The grammar of a chat answer; None when it may be anything.
 
     Offered tools always bind their calls; text is free up to one unless a call is required or a format asked for. With
     tools and a format the answer is one or the other. While the model thinks nothing is bound, but neither the end nor
-    a call can come before the end of the reasoning.
+    a call can come before the end of the reasoning. Keywords of tools that are not strict which cannot be kept are
+    added to `left_out` (`tools.NAME.properties.KEY.KEYWORD`).
 
     Raises:
         ApiError: 400 with `param`; the message names the keyword that cannot be kept.
@@ -47,6 +50,8 @@ async def build_grammar(service: GrammarService, chat: ChatRequest, tokenizer: T
         marker=marker,
     )
     written = await service.write(job)
+    if left_out is not None:
+        left_out += [f"tools.{place.replace(': #', '').replace('/', '.')}" for place in written.left_out]
     return Grammar(text=written.text, after=after, markers=() if marker is None else (marker,))
 
 

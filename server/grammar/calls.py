@@ -50,6 +50,8 @@ class CallGrammar:
     left_out: list[str] = field(default_factory=list)
     """What tools that are not strict say and the grammar does not keep."""
     _rules: list[str] = field(default_factory=list)
+    _values: dict[str, str] = field(default_factory=dict)
+    """Bodies of values to the names of their rules: tools say the same again and again."""
 
     def add(self, name: str, schema: Any, *, strict: bool) -> None:
         """The next tool. Raises SchemaError."""
@@ -68,12 +70,13 @@ class CallGrammar:
         tools = " | ".join(f"tool{n}" for n in range(len(self._rules)))
         more = f'("\\n<" {d} ({tools}))*' if parallel else ""
         head = f'calls: "<" {d} ({tools}) {more} "\\n</" {d} "tool_calls>"\n'
-        return head + "".join(self._rules)
+        values = "".join(f"{name}: {body}\n" for body, name in self._values.items())
+        return head + "".join(self._rules) + values
 
     def _usable(self, parameter: Parameter, root: Any, strict: bool, reading: Reading) -> Parameter | None:
         """The parameter with only the kinds of values that there can be. Raises SchemaError."""
         where = f"#/properties/{parameter.key}"
-        if parameter.json is not None:
+        if parameter.json is not None and not _is_plain(parameter.json):
             why = self.compiles(json_grammar(parameter.json))
             if why is not None and "nsatisfiable" in why:
                 parameter.json = None
@@ -82,7 +85,8 @@ class CallGrammar:
             elif why is not None:
                 reading.left_out.append(where)
                 parameter.json = {"type": _OTHER_TYPES}
-        if parameter.text is not None and parameter.text != ANY_TEXT:
+        # Without a pattern in it, a terminal is made of literals.
+        if parameter.text is not None and parameter.text != ANY_TEXT and "/" in parameter.text:
             why = self.compiles(f'start: TEXT\nTEXT: ({parameter.text}) "</"')
             if why is not None and strict:
                 raise SchemaError(f"the schema at {where} is not supported: {why}")
@@ -134,20 +138,25 @@ class CallGrammar:
         values = []
         if parameter.text is not None:
             # With the closing bracket in the terminal, text that could never be closed cannot begin.
-            lines.append(f'{rule.upper()}_TEXT: "true\\">" ({parameter.text}) "</"')
-            values.append(f"{rule.upper()}_TEXT")
+            values.append(self._value("TEXT", f'"true\\">" ({parameter.text}) "</"'))
         if parameter.json is not None:
             style = {**parameter.json, "x-guidance": JSON_STYLE}
-            values.append(f'"false\\">" %json {json.dumps(style, ensure_ascii=False)} "</"')
-        for n, value in enumerate(values):
-            lines.append(f"{rule}_{n}: {value}")
-        choice = " | ".join(f"{rule}_{n}" for n in range(len(values)))
-        return [f'{rule}: "<" {d} {begin} ({choice}) {d} "parameter>\\n"', *lines]
+            values.append(self._value("json", f'"false\\">" %json {json.dumps(style, ensure_ascii=False)} "</"'))
+        return [f'{rule}: "<" {d} {begin} ({" | ".join(values)}) {d} "parameter>\\n"', *lines]
+
+    def _value(self, kind: str, body: str) -> str:
+        """The name of the rule (or the terminal, in capitals) with this body."""
+        return self._values.setdefault(body, f"{kind}{len(self._values)}")
 
 
 def json_grammar(schema: Any) -> str:
     """A whole grammar of one JSON value in the style of calls."""
     return f"start: %json {json.dumps({**schema, 'x-guidance': JSON_STYLE}, ensure_ascii=False)}"
+
+
+def _is_plain(schema: Any) -> bool:
+    """A schema that says no more than a type or some values."""
+    return isinstance(schema, dict) and schema.keys() <= {"type", "enum", "const"} and len(schema) == 1
 
 
 def _parameters(schema: Any, reading: Reading) -> list[Parameter]:

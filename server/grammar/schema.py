@@ -27,9 +27,13 @@ _UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "additionalItems": _ALWAYS,
     "x-guidance": _ALWAYS,
 }
+_ANNOTATIONS = frozenset(
+    ("title", "description", "default", "examples", "example", "$comment", "deprecated", "readOnly", "writeOnly")
+)
 _ONE = ("additionalProperties", "items")
 _LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "$def")
+_COUNTS = frozenset(("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"))
 _TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
 
 
@@ -56,6 +60,8 @@ class Reading:
             raise SchemaError(f"more than {DEEPEST} levels of schemas at {place[:80]}")
         kept: dict[str, Any] = {}
         for keyword, value in schema.items():
+            if keyword in _ANNOTATIONS:
+                continue
             neutral = _UNSUPPORTED.get(keyword)
             if neutral is not None:
                 if not neutral(value):
@@ -85,6 +91,8 @@ class Reading:
             if not isinstance(value, dict):
                 raise SchemaError(f"{keyword} must be an object of schemas at {place}")
             return {name: self.read(each, f"{here}/{name}", depth + 1) for name, each in value.items()}
+        if keyword in _COUNTS and isinstance(value, float) and value.is_integer():
+            return int(value)
         return value
 
     def _refuse(self, keyword: str, place: str, why: str = "it cannot be enforced") -> None:

@@ -6,6 +6,7 @@ standard output   a line when it is ready; then one line for each job (`GrammarT
 
 import ctypes
 import os
+import re
 import resource
 import signal
 import sys
@@ -19,7 +20,19 @@ from server.grammar.messages import Answer, GrammarJob, Refusal, Setup
 from server.grammar.writer import RefusedError, write_grammar
 
 _MOST_MESSAGE = 400
+_MOST_PART = 4096
+_MOST_PARTS = 2048
 _PR_SET_PDEATHSIG = 1
+
+
+_PLAIN = {
+    "oneOf constraints": "the keyword `oneOf` is not supported where two of its schemas may hold at once",
+    "Resource '": "the keyword `$ref` points outside of the schema, which is not supported",
+    "patternProperty regexes": "the keyword `patternProperties` is not supported where two patterns may match one name",
+    "multipleOf": "the keyword `multipleOf` is not supported",
+}
+"""What the library says in words of its own."""
+_UNIMPLEMENTED = re.compile(r'Unimplemented keys: \["([^"]+)"')
 
 
 class Checker:
@@ -27,6 +40,8 @@ class Checker:
 
     def __init__(self, tokens: GrammarTokens) -> None:
         self._tokens = tokens
+        self._parts: dict[str, str | None] = {}
+        """Results of small grammars: tools have the same parts again and again."""
 
     def answer(self, job: GrammarJob) -> Answer:
         try:
@@ -39,6 +54,15 @@ class Checker:
 
     def compiles(self, text: str) -> str | None:
         """Why a grammar cannot be used; None: it compiles, and something can be said in it."""
+        if len(text) > _MOST_PART:
+            return self._compile(text)
+        if text not in self._parts:
+            if len(self._parts) >= _MOST_PARTS:
+                self._parts.clear()
+            self._parts[text] = self._compile(text)
+        return self._parts[text]
+
+    def _compile(self, text: str) -> str | None:
         matcher = self._tokens.matcher(text)
         if matcher.is_error():
             return _first_line(matcher.get_error())
@@ -80,10 +104,19 @@ def _first_line(message: str) -> str:
     """The library's message without its excerpt of the grammar."""
     lines = [line for line in message.splitlines() if line.strip() and not line.lstrip()[:1].isdigit()]
     text = (lines or [message])[0]
+    cause = next((line for line in lines if line.startswith("error: ")), "")
+    if cause and text.endswith("parse error:"):
+        text = f"{text} {cause.removeprefix('error: ')}"
     head, _, rest = text.partition(": failed to compile JSON schema: ")
     if not rest and head.startswith("at "):
         rest = head.partition(": ")[2]
-    return (rest or head)[:_MOST_MESSAGE]
+    reason = rest or head
+    if (unknown := _UNIMPLEMENTED.search(reason)) is not None:
+        return f"the keyword `{unknown[1]}` is not supported"
+    for words, plain in _PLAIN.items():
+        if words in reason:
+            return f"{plain} ({reason[:_MOST_MESSAGE]})" if plain.endswith("supported") else plain
+    return reason[:_MOST_MESSAGE]
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ from pydantic import Field
 
 from server import limits
 from server.chat_request import ChatRequest
-from server.errors import bad_request, echo, unsupported
+from server.errors import bad_request, echo
 from server.grammar.formats import output_format_of
 from server.protocol.common import (
     LARGEST_INT32,
     FormatFields,
+    ReasoningViewFields,
     SamplingFields,
     ThinkingFields,
 )
@@ -19,7 +20,7 @@ from server.protocol.tools import MOST_TOOLS, read_tool_choice, read_tools
 from server.text.effort import PromptError, Tier, resolve_thinking
 
 
-class ChatBody(SamplingFields, ThinkingFields, FormatFields):
+class ChatBody(SamplingFields, ThinkingFields, ReasoningViewFields, FormatFields):
     REFUSED = REFUSED_EVERYWHERE | {
         "functions": ([],),
         "function_call": ("none", "auto"),
@@ -54,8 +55,6 @@ class ChatBody(SamplingFields, ThinkingFields, FormatFields):
         super().check()
         if self.top_logprobs and not self.logprobs:
             raise bad_request("top_logprobs should be set along with logprobs = true", param="top_logprobs")
-        if self.prompt_logprobs is not None:
-            raise unsupported("prompt_logprobs")
 
     def chat_request(self) -> ChatRequest:
         """The same request in the words of no API. Raises ApiError 400 with `param`."""

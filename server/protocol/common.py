@@ -133,7 +133,7 @@ class SamplingFields(Body):
         Field(max_length=limits.MOST_BAD_WORDS),
     ] = []
     seed: Annotated[int, Field(ge=-(2**63), le=limits.MOST_INTEGER)] | None = None
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops, json_schema_input_type=str | list[str])] = ()
     stop_token_ids: Annotated[list[int], Field(max_length=limits.MOST_STOP_IDS)] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -184,10 +184,6 @@ class ThinkingFields(Body):
     thinking: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    include_reasoning: bool = True
-    separate_reasoning: bool = True
-    stream_reasoning: bool = True
-    """Of the answer: see `server.reasoning_view`."""
 
     @classmethod
     def knows(cls, name: str) -> bool:
@@ -210,7 +206,7 @@ class ThinkingFields(Body):
                     raw.setdefault("thinking_token_budget", value)
                 case "enabled" | "enable" | "exclude" if not isinstance(value, bool):
                     raise bad_request(f"reasoning.{name} must be true or false", param=f"reasoning.{name}")
-                case "exclude":
+                case "exclude" if "include_reasoning" in cls.model_fields:
                     raw.setdefault("include_reasoning", not value)
                 case "enabled" | "enable":
                     raw.setdefault("thinking", {"type": "enabled" if value else "disabled"})
@@ -223,6 +219,14 @@ class ThinkingFields(Body):
             for name in kwargs:
                 if name not in ("thinking", "enable_thinking", "reasoning_effort") and kwargs[name] is not None:
                     raise unsupported(f"chat_template_kwargs.{echo(name)}")
+
+
+class ReasoningViewFields(Body):
+    """How much of its reasoning an answer shows; server.reasoning_view reads them."""
+
+    include_reasoning: bool = True
+    separate_reasoning: bool = True
+    stream_reasoning: bool = True
 
 
 class FormatFields(Body):

@@ -16,6 +16,7 @@ DEFAULT_TOKENS = 16
 """max_tokens of a request that names none, as OpenAI's."""
 
 TextOrIds = str | list[int]
+OneOrMore = TextOrIds | list[TextOrIds]
 
 
 def _prompts(value: object) -> tuple[TextOrIds, ...]:
@@ -44,7 +45,7 @@ class CompletionBody(SamplingFields, FormatFields):
     REFUSED = REFUSED_EVERYWHERE | {"add_special_tokens": (False, True)}
     IGNORED = ACCEPTED_WITHOUT_EFFECT
 
-    prompt: Annotated[tuple[Any, ...], BeforeValidator(_prompts)]
+    prompt: Annotated[tuple[Any, ...], BeforeValidator(_prompts, json_schema_input_type=OneOrMore)]
     suffix: str | None = None
     """What shall stand behind the answer: the prompt becomes the fill-in-the-middle form."""
     echo: bool = False

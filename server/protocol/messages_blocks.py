@@ -9,7 +9,7 @@ from typing import Any
 
 from server.errors import bad_request, echo
 from server.protocol.members import as_object, member, not_supported, one_of, required
-from server.protocol.responses_items import unseal
+from server.protocol.sealed import unseal
 
 _BILLING = "x-anthropic-billing-header:"
 """Agents put a block that begins so, and changes with every request, before their system prompt: it would cost the

@@ -13,7 +13,7 @@ from server.errors import ApiError
 from server.generation import CallDelta, GenerationEvent, Usage
 from server.protocol import sse
 from server.protocol.members import read_partial
-from server.protocol.responses_items import seal
+from server.protocol.sealed import seal
 
 Event = dict[str, Any]
 PING = sse.named_event("ping", b'{"type":"ping"}')

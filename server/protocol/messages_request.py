@@ -8,7 +8,15 @@ from pydantic import BeforeValidator, Field
 from server import limits
 from server.chat_request import ChatRequest, OutputFormat, Tool, ToolChoice
 from server.errors import bad_request, echo
-from server.protocol.common import LARGEST_INT32, FormatFields, Real, SamplingFields, ThinkingFields
+from server.grammar.formats import output_format_of
+from server.protocol.common import (
+    LARGEST_INT32,
+    FormatFields,
+    Real,
+    ReasoningViewFields,
+    SamplingFields,
+    ThinkingFields,
+)
 from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REFUSED_EVERYWHERE
 from server.protocol.members import as_object, member, not_supported, one_of, required
 from server.protocol.messages_blocks import system_text, to_messages
@@ -49,6 +57,8 @@ class CountBody(SamplingFields, ThinkingFields, FormatFields):
         }
     )
     IGNORED = ACCEPTED_WITHOUT_EFFECT | {
+        # How much of the reasoning shows is no matter of the prompt.
+        *ReasoningViewFields.model_fields,
         *("cache_control", "context_management", "betas", "anthropic_version", "anthropic_beta", "diagnostics"),
         *("inference_geo", "billing_policy", "user_profile_id", "workspace_id", "fallback_credit_token"),
     }
@@ -75,7 +85,7 @@ class CountBody(SamplingFields, ThinkingFields, FormatFields):
         return self.thinking is not None and self.thinking.get("display") == "omitted"
 
 
-class MessagesBody(CountBody):
+class MessagesBody(CountBody, ReasoningViewFields):
     max_tokens: Annotated[int, Field(ge=1, le=LARGEST_INT32)]
 
 
@@ -167,10 +177,13 @@ def _format(body: CountBody) -> OutputFormat | None:
     place, given = "output_config.format", body.output_config.get("format")
     if given is None:
         place, given = "output_format", body.output_format
+    other = output_format_of(body)
     if given is None:
-        return None
+        return other
+    if other is not None:
+        raise bad_request(f"{other.param} cannot be combined with {place}.", param=other.param)
     wanted = as_object(given, place)
     one_of(wanted.get("type"), ("json_schema",), f"{place}.type")
     schema = required(wanted, "schema", dict, place)
     rendered = {"type": "json_schema", "json_schema": {"name": "output", "schema": schema, "strict": True}}
-    return OutputFormat(kind="json_schema", value=schema, param=place, rendered=rendered)
+    return OutputFormat(kind="json_schema", value=schema, param=f"{place}.schema", rendered=rendered)

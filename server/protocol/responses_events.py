@@ -18,9 +18,9 @@ from server.protocol import sse
 from server.protocol.chat_answer import chat_logprobs
 from server.protocol.members import read_partial
 from server.protocol.responses_custom import CustomInput
-from server.protocol.responses_items import seal
 from server.protocol.responses_object import Status, error_object, usage_object
 from server.protocol.responses_tools import Called, Toolbox
+from server.protocol.sealed import seal
 
 Event = dict[str, Any]
 ItemStatus = Literal["completed", "incomplete"]

@@ -4,8 +4,6 @@ The rules are those of DeepSeek's own endpoint: `developer` is a user, reasoning
 follow it into one turn of the assistant.
 """
 
-import base64
-import binascii
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,28 +11,13 @@ from typing import Any
 from server.errors import ApiError, bad_request, echo
 from server.protocol.members import as_object, member, not_supported, one_of, required
 from server.protocol.responses_tools import custom_arguments, flat_name
+from server.protocol.sealed import unseal
 
 DROPPED_ITEMS = frozenset({"web_search_call", "image_generation_call"})
 """Traces of tools that other servers ran; the model is not told of them."""
 _TOOL_ITEMS = ("additional_tools", "tool_search_output")
-_SEALED = "fathom:"
 _UNSEEN = {"input_image": "[Unsupported Image]", "input_file": "[Unsupported File]"}
 """What stands in a tool's result for what the model cannot see: a refusal would end an agent's whole conversation."""
-
-
-def seal(reasoning: str) -> str:
-    """`encrypted_content`: the reasoning itself, in a form that clients keep and send back. It hides nothing."""
-    return _SEALED + base64.b64encode(reasoning.encode()).decode("ascii")
-
-
-def unseal(sealed: str) -> str | None:
-    """The reasoning in an `encrypted_content` of this server; None for somebody else's."""
-    if not sealed.startswith(_SEALED):
-        return None
-    try:
-        return base64.b64decode(sealed.removeprefix(_SEALED), validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError):
-        return None
 
 
 def to_messages(items: Sequence[Any], *, num_earlier: int = 0) -> list[dict[str, Any]]:

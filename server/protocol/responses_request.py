@@ -9,7 +9,8 @@ from pydantic import BeforeValidator, Field
 from server import limits
 from server.chat_request import ChatRequest, OutputFormat
 from server.errors import bad_request
-from server.protocol.common import LARGEST_INT32, FormatFields, SamplingFields, ThinkingFields
+from server.grammar.formats import output_format_of
+from server.protocol.common import LARGEST_INT32, FormatFields, ReasoningViewFields, SamplingFields, ThinkingFields
 from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REFUSED_EVERYWHERE
 from server.protocol.members import member, not_supported, one_of, required
 from server.protocol.responses_items import later_tools, to_messages
@@ -22,7 +23,7 @@ _INCLUDES = (
     *("file_search_call.results", "web_search_call.results", "web_search_call.action.sources"),
     *("message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs"),
 )
-_FOREIGN_REASONING = ("max_tokens", "enabled", "enable")
+_FOREIGN_REASONING = ("max_tokens", "enabled", "enable", "exclude")
 _SUMMARIES = ("auto", "concise", "detailed")
 PARAMS = {"response_format": "text.format", "messages": "input", "reasoning_effort": "reasoning.effort"}
 """Fields of a chat request to the fields of this API."""
@@ -33,7 +34,7 @@ NO_CHOICES: dict[str, tuple[Any, ...]] = {
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
 }
-"""Fields of completions that an answer of one message has no place for."""
+"""Fields of chat and completions that these APIs have no place for."""
 
 ShortKey = Annotated[str, Field(max_length=64)]
 ShortText = Annotated[str, Field(max_length=512)]
@@ -48,7 +49,7 @@ def _input(value: object) -> object:
     return value
 
 
-class ResponsesBody(SamplingFields, ThinkingFields, FormatFields):
+class ResponsesBody(SamplingFields, ThinkingFields, FormatFields, ReasoningViewFields):
     REFUSED = (
         REFUSED_EVERYWHERE
         | NO_CHOICES
@@ -164,7 +165,7 @@ def to_chat(body: ResponsesBody, earlier: Sequence[Any] = ()) -> ResponsesChat:
         messages_param="input",
         tools=tools,
         tool_choice=choice,
-        output_format=_format(body.text),
+        output_format=_format(body),
         thinking=thinking,
         tier=tier,
         fields=body,
@@ -175,16 +176,20 @@ def to_chat(body: ResponsesBody, earlier: Sequence[Any] = ()) -> ResponsesChat:
     return ResponsesChat(chat, box, (effort or "high") if thinking else "none")
 
 
-def _format(text: dict[str, Any]) -> OutputFormat | None:
+def _format(body: ResponsesBody) -> OutputFormat | None:
+    """`text.format`, or what another dialect's field asks for."""
     place = "text.format"
-    given = member(text, "format", dict, "text", {"type": "text"})
-    match one_of(given.get("type"), ("text", "json_object", "json_schema"), f"{place}.type"):
-        case "json_object":
-            return OutputFormat(kind="json_object", param=place, rendered={"type": "json_object"})
-        case "json_schema":
-            schema = required(given, "schema", dict, place)
-            strict = member(given, "strict", bool, place, False)
-            named = {"name": required(given, "name", str, place), "schema": schema, "strict": strict}
-            rendered = {"type": "json_schema", "json_schema": named}
-            return OutputFormat(kind="json_schema", value=schema, strict=strict, param=place, rendered=rendered)
-    return None
+    given = member(body.text, "format", dict, "text", {"type": "text"})
+    kind = one_of(given.get("type"), ("text", "json_object", "json_schema"), f"{place}.type")
+    other = output_format_of(body)
+    if kind == "text":
+        return other
+    if other is not None:
+        raise bad_request(f"{other.param} cannot be combined with {place}.", param=other.param)
+    if kind == "json_object":
+        return OutputFormat(kind="json_object", param=place, rendered={"type": "json_object"})
+    schema = required(given, "schema", dict, place)
+    strict = member(given, "strict", bool, place, False)
+    named = {"name": required(given, "name", str, place), "schema": schema, "strict": strict}
+    rendered = {"type": "json_schema", "json_schema": named}
+    return OutputFormat(kind="json_schema", value=schema, strict=strict, param=f"{place}.schema", rendered=rendered)

@@ -7,12 +7,13 @@ from secrets import token_hex
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.chat_run import Events, render_request, start_chat
+from server.chat_run import Events, render_request, start_chat, truncated_prompt, turns_of
 from server.errors import ApiError
 from server.middleware import context_of
 from server.protocol import sse
 from server.protocol.messages_events import PING, MessageBuilder, encode, failure
 from server.protocol.messages_request import PARAMS, CountBody, MessagesBody, to_chat
+from server.reasoning_view import reasoning_view
 from server.routes.call import off_loop, read_body, renamed_params, state_of
 from server.routes.stream import EventStream, until_disconnect
 from server.state import ServerState
@@ -31,7 +32,7 @@ async def create_message(request: Request) -> Response:
     with ExitStack() as stack:
         with renamed_params(PARAMS):
             run = await start_chat(state, serving, context, chat, num_bytes, stack)
-        (events,) = run.choices
+        (events,) = reasoning_view(run, body).choices
         builder = MessageBuilder(
             f"msg_{token_hex(16)}",
             state.model_name,
@@ -54,8 +55,11 @@ async def count_tokens(request: Request) -> Response:
     serving = state.serving()
     check_model(state, body.model)
     chat = await off_loop(num_bytes, lambda: to_chat(body, state.model_name))
+    turns = turns_of(state, context, chat)
     with renamed_params(PARAMS), state.admission.enter(context.key_id, 1):
-        prompt = await off_loop(num_bytes, lambda: render_request(serving, chat))
+        prompt = await off_loop(
+            num_bytes, lambda: truncated_prompt(serving, chat, render_request(serving, chat, turns))
+        )
     return Response(sse.json_bytes({"input_tokens": len(prompt.token_ids)}), media_type="application/json")
 
 

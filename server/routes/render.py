@@ -11,21 +11,19 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server import limits
-from server.chat_run import render_request, turns_of
+from server.chat_request import ChatRequest
+from server.chat_run import render_request, truncated_prompt, turns_of
 from server.completion_prompt import encode_prompts
 from server.errors import bad_request
 from server.middleware import context_of
-from server.protocol import sse
+from server.protocol import messages_request, responses_request, sse
 from server.protocol.chat import ChatBody
 from server.protocol.completions import CompletionBody
-from server.protocol.messages_request import PARAMS as MESSAGES_PARAMS
 from server.protocol.messages_request import CountBody
-from server.protocol.messages_request import to_chat as messages_chat
-from server.protocol.responses_request import PARAMS as RESPONSES_PARAMS
 from server.protocol.responses_request import ResponsesBody
-from server.protocol.responses_request import to_chat as responses_chat
 from server.routes.call import estimated_tokens, off_loop, read_body, renamed_params, state_of
 from server.routes.messages import check_model
+from server.routes.responses import asked_for
 from server.state import Serving
 
 router = APIRouter()
@@ -41,29 +39,22 @@ async def render(request: Request) -> Response:
     members = await off_loop(len(raw), lambda: limits.read_object(raw))
     if "prompt" in members:
         return await render_completion(request)
-    if "messages" in members:
-        return await render_chat(request)
-    if "input" in members:
+    if "input" in members or "previous_response_id" in members:
         return await render_response(request)
-    raise bad_request(
-        "Give `messages`, `input` or `prompt`, as the API has it whose prompt is asked for.", param="messages"
-    )
+    if "messages" in members:
+        # What chat completions do not have: Anthropic's version header, which its clients always send, and `system`.
+        anthropic = "anthropic-version" in request.headers or "system" in members
+        return await (render_message if anthropic else render_chat)(request)
+    message = "Give `messages`, `input` or `prompt`, as the API has it whose prompt is asked for."
+    raise bad_request(message, param="messages")
 
 
 @router.post("/v1/chat/completions/render")
 async def render_chat(request: Request) -> Response:
     body, num_bytes = await read_body(request, ChatBody)
     body.check()
-    state = state_of(request)
-    state.check_model(body.model)
-    chat = body.chat_request()
-    turns = turns_of(state, context_of(request.scope), chat)
-
-    def work(serving: Serving) -> list[Rendered]:
-        token_ids = render_request(serving, chat, turns).token_ids
-        return [(serving.tokenizer.decode(token_ids), token_ids)]
-
-    return await _answer(request, num_bytes, work)
+    state_of(request).check_model(body.model)
+    return await _answer_chat(request, num_bytes, body.chat_request())
 
 
 @router.post("/v1/responses/render")
@@ -72,31 +63,20 @@ async def render_response(request: Request) -> Response:
     body.check()
     state = state_of(request)
     state.check_model(body.model)
-    earlier = None
-    if body.previous_response_id is not None:
-        earlier = state.responses.find_previous(body.previous_response_id, context_of(request.scope).key_id)
-        num_bytes += earlier.num_conversation_bytes
-
-    def work(serving: Serving) -> list[Rendered]:
-        prompt = render_request(serving, responses_chat(body, earlier.conversation() if earlier else ()).chat)
-        return [(prompt.text, prompt.token_ids)]
-
-    with renamed_params(RESPONSES_PARAMS):
-        return await _answer(request, num_bytes, work)
+    _, asked, num_bytes = await asked_for(state, context_of(request.scope).key_id, body, num_bytes)
+    with renamed_params(responses_request.PARAMS):
+        return await _answer_chat(request, num_bytes, asked.chat)
 
 
 @router.post("/v1/messages/render")
 async def render_message(request: Request) -> Response:
     body, num_bytes = await read_body(request, CountBody)
     body.check()
-    check_model(state_of(request), body.model)
-
-    def work(serving: Serving) -> list[Rendered]:
-        prompt = render_request(serving, messages_chat(body, body.model))
-        return [(prompt.text, prompt.token_ids)]
-
-    with renamed_params(MESSAGES_PARAMS):
-        return await _answer(request, num_bytes, work)
+    state = state_of(request)
+    check_model(state, body.model)
+    chat = await off_loop(num_bytes, lambda: messages_request.to_chat(body, state.model_name))
+    with renamed_params(messages_request.PARAMS):
+        return await _answer_chat(request, num_bytes, chat)
 
 
 @router.post("/v1/completions/render")
@@ -107,6 +87,16 @@ async def render_completion(request: Request) -> Response:
 
     def work(serving: Serving) -> list[Rendered]:
         return [(serving.tokenizer.decode(ids), ids) for ids in encode_prompts(serving, body)]
+
+    return await _answer(request, num_bytes, work)
+
+
+async def _answer_chat(request: Request, num_bytes: int, chat: ChatRequest) -> Response:
+    turns = turns_of(state_of(request), context_of(request.scope), chat)
+
+    def work(serving: Serving) -> list[Rendered]:
+        prompt = truncated_prompt(serving, chat, render_request(serving, chat, turns))
+        return [(prompt.text, prompt.token_ids)]
 
     return await _answer(request, num_bytes, work)
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from server.chat_run import Events, render_request, start_chat
+from server.chat_run import Events, render_request, start_chat, truncated_prompt, turns_of
 from server.errors import ApiError, bad_request
 from server.middleware import context_of
 from server.protocol import sse
@@ -19,6 +19,7 @@ from server.protocol.responses_items import listed
 from server.protocol.responses_object import settings
 from server.protocol.responses_request import PARAMS, ResponsesBody, ResponsesChat, to_chat
 from server.protocol.responses_store import EventLog, Stored
+from server.reasoning_view import reasoning_view
 from server.routes.background import run_in_background
 from server.routes.call import off_loop, read_body, renamed_params, state_of
 from server.routes.stream import EventStream, until_disconnect
@@ -39,7 +40,7 @@ async def create_response(request: Request) -> Response:
     keeps = body.store and state.responses.max_bytes > 0
     if body.background and not keeps:
         raise bad_request("background: this server keeps no responses.", param="background")
-    previous, asked, num_bytes = await _asked(state, context.key_id, body, num_bytes)
+    previous, asked, num_bytes = await asked_for(state, context.key_id, body, num_bytes)
     response_id = f"resp_{token_hex(16)}"
     response = settings(response_id, int(time.time()), state.model_name, body, asked)
     response["store"] = keeps
@@ -61,7 +62,8 @@ async def create_response(request: Request) -> Response:
 
     with ExitStack() as stack:
         with renamed_params(PARAMS):
-            (events,) = (await start_chat(state, serving, context, asked.chat, num_bytes, stack)).choices
+            run = await start_chat(state, serving, context, asked.chat, num_bytes, stack)
+        (events,) = reasoning_view(run, body).choices
         if body.background:
             stored = keep(EventLog() if body.stream else None)
             run_in_background(state, stored, builder, events, stack.pop_all())
@@ -89,9 +91,12 @@ async def count_input_tokens(request: Request) -> Response:
     state, context = state_of(request), context_of(request.scope)
     serving = state.serving()
     state.check_model(body.model)
-    _, asked, num_bytes = await _asked(state, context.key_id, body, num_bytes)
+    _, asked, num_bytes = await asked_for(state, context.key_id, body, num_bytes)
+    turns = turns_of(state, context, asked.chat)
     with renamed_params(PARAMS), state.admission.enter(context.key_id, 1):
-        prompt = await off_loop(num_bytes, lambda: render_request(serving, asked.chat))
+        prompt = await off_loop(
+            num_bytes, lambda: truncated_prompt(serving, asked.chat, render_request(serving, asked.chat, turns))
+        )
     return _json(sse.json_bytes({"object": "response.input_tokens", "input_tokens": len(prompt.token_ids)}))
 
 
@@ -158,7 +163,7 @@ async def list_input_items(
     )
 
 
-async def _asked(
+async def asked_for(
     state: ServerState, key_id: str, body: ResponsesBody, num_bytes: int
 ) -> tuple[Stored | None, ResponsesChat, int]:
     """(the response that is continued, what is asked, bytes of the whole conversation). Raises ApiError 400."""

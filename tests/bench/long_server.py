@@ -189,18 +189,22 @@ class Watch:
 
 
 class Memory:
-    """Resident bytes of a server and its engine."""
+    """Resident bytes of a server, its engine and what other processes it has."""
 
     def __init__(self, live: LiveServer) -> None:
         self._live = live
-        self.most_bytes: dict[str, int] = {"all processes": 0}
-        """The largest sum that was seen at one moment, and the largest of each process."""
+        self.most_bytes: dict[str, int] = {}
+        """The most that was seen at one moment: of all together, and of each."""
 
     def look(self) -> None:
-        names = {self._live.process.pid: "server", engine_pid(self._live): "engine"}
-        found = {name: _status_bytes(pid, "VmRSS") for pid, name in names.items()}
-        for name, num_bytes in {**found, "all processes": sum(found.values())}.items():
-            self.most_bytes[name] = max(self.most_bytes.get(name, 0), num_bytes)
+        found = {self._live.process.pid: "server"}
+        found |= dict.fromkeys(self._live.descendants(), "others") | {engine_pid(self._live): "engine"}
+        now = {"all processes": 0, "server": 0, "engine": 0, "others": 0}
+        for pid, name in found.items():
+            num_bytes = _resident_bytes(pid)
+            now[name] += num_bytes
+            now["all processes"] += num_bytes
+        self.most_bytes = {name: max(num_bytes, self.most_bytes.get(name, 0)) for name, num_bytes in now.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,9 +305,9 @@ def prefill_flops(model: ModelConfig, start: int, end: int) -> float:
 
 
 def engine_pid(live: LiveServer) -> int:
-    """The child of the server's process."""
-    (pid,) = Path(f"/proc/{live.process.pid}/task/{live.process.pid}/children").read_text().split()
-    return int(pid)
+    """The process among the server's descendants that computes."""
+    (pid,) = (pid for pid in live.descendants() if b"engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return pid
 
 
 def engine_cpu_seconds(live: LiveServer) -> float:
@@ -312,11 +316,13 @@ def engine_cpu_seconds(live: LiveServer) -> float:
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
-def _status_bytes(pid: int, name: str) -> int:
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-    raise AssertionError(f"process {pid} has no {name}")
+def _resident_bytes(pid: int) -> int:
+    """0 for a process that has just gone."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return 1024 * int(line.split()[1])
+    return 0
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -342,9 +348,11 @@ def _cpu_name() -> str:
 
 
 def write_part(path: Path, name: str, part: Any) -> None:
-    """Replace one part of a result file and keep the others."""
+    """Replace one part of a result file, or take it out (None), and keep the others."""
     result = json.loads(path.read_text()) if path.exists() else {}
-    result[name] = part
+    result.pop(name, None)
+    if part is not None:
+        result[name] = part
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -14,8 +14,10 @@ import re
 import socket
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import uvicorn
@@ -36,7 +38,7 @@ MODEL = "deepseek-v4-flash"
 MAX_MODEL_LEN = 262_144
 GREETING = "Hello from Fathom."
 REPORT = "The tool said:"
-SCHEMA_ANSWER = '{"city":"Paris","degrees":21}'
+SCHEMA_ANSWER = '{"city": "Paris", "degrees": 21}'
 _CALL = re.compile(r"CALL (\S+) (\{.*\})")
 _RESULT = re.compile(r"<tool_result>(.*?)</tool_result>", re.DOTALL)
 
@@ -46,12 +48,12 @@ def answer(prompt: str) -> str:
     thinks = prompt.endswith("<think>")
     last = prompt.rsplit("<｜User｜>", 1)[-1]
     results = _RESULT.findall(last)
-    calls = [] if results else [c for c in _CALL.findall(last) if f'"name": "{c[0]}"' in prompt]
+    calls = [] if results else _calls(prompt, last)
     said = GREETING
     if results:
         said = f"{REPORT} {results[-1].strip()[-200:]}"
     elif calls:
-        said = "I will look." + _block(calls)
+        said = _block(calls)
     elif "## Response Format:" in prompt:
         said = SCHEMA_ANSWER
     opened = prompt.endswith("<｜DSML｜tool_calls>\n")
@@ -60,11 +62,21 @@ def answer(prompt: str) -> str:
     return ("A thought.</think>" if thinks else "") + said
 
 
-def _block(calls: Sequence[tuple[str, str]]) -> str:
+def _calls(prompt: str, turn: str) -> list[tuple[str, dict[str, Any]]]:
+    """What a turn asks for. Agents also quote a turn, in which case its JSON is none."""
+    calls = []
+    for name, arguments in _CALL.findall(turn):
+        if f'"name": "{name}"' in prompt:
+            with suppress(ValueError):
+                calls.append((name, json.loads(arguments)))
+    return calls
+
+
+def _block(calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
     lines = []
     for name, arguments in calls:
         lines.append(f'<｜DSML｜invoke name="{name}">')
-        for key, value in json.loads(arguments).items():
+        for key, value in arguments.items():
             text, kind = (value, "true") if isinstance(value, str) else (json.dumps(value), "false")
             lines.append(f'<｜DSML｜parameter name="{key}" string="{kind}">{text}</｜DSML｜parameter>')
         lines.append("</｜DSML｜invoke>")

@@ -162,9 +162,10 @@ class ScriptedServer:
         self.say: str | Callable[[str], str] = ""
         """The answer, special tokens spelled out; or a function from the prompt's text to it."""
         self.prompts: list[list[int]] = []
-        """Ids of all prompts, in the order in which they came."""
+        """Ids of all different prompts, in the order in which they came first."""
         self.answers: list[list[int]] = []
         self.tokenizer = Tokenizer.load(model_dir, DEEPSEEK_VOCAB)
+        self._said: dict[bytes, list[int]] = {}
         self._model_dir = model_dir
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
@@ -175,6 +176,7 @@ class ScriptedServer:
     def reset(self, say: str | Callable[[str], str]) -> None:
         """Forget what came so far."""
         self.say = say
+        self._said.clear()
         self.prompts.clear()
         self.answers.clear()
 
@@ -185,11 +187,15 @@ class ScriptedServer:
         assert not self._thread.is_alive()
 
     def _script(self, prompt: np.ndarray) -> list[int]:
-        ids = prompt.tolist()
-        self.prompts.append(ids)
-        say = self.say if isinstance(self.say, str) else self.say(self.tokenizer.decode(ids))
-        self.answers.append(self.tokenizer.encode(say, special=True))
-        return self.answers[-1]
+        # Asked for every token.
+        key = prompt.tobytes()
+        if key not in self._said:
+            ids = prompt.tolist()
+            self.prompts.append(ids)
+            say = self.say if isinstance(self.say, str) else self.say(self.tokenizer.decode(ids))
+            self._said[key] = self.tokenizer.encode(say, special=True)
+            self.answers.append(self._said[key])
+        return self._said[key]
 
     async def _serve(self) -> None:
         model = load_config(self._model_dir)
@@ -199,6 +205,7 @@ class ScriptedServer:
         state.attach(client, self.tokenizer)
         self._uvicorn = uvicorn.Server(uvicorn.Config(create_app(state), log_level="error", lifespan="off"))
         await self._uvicorn.serve(sockets=[self._socket])
+        await state.detach()
         await client.close()
 
 

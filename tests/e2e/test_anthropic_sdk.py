@@ -115,6 +115,28 @@ def test_a_tool_loop(scripted: Any, client: anthropic.Anthropic, thinking: bool,
     assert second.usage.cache_read_input_tokens >= len(expected) // 256 * 256
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_turn_that_no_renderer_would_write(scripted: Any, client: anthropic.Anthropic, thinking: bool) -> None:
+    """Odd numbers come back by the calls' ids, whatever the client's JSON library made of them."""
+    thought = "Hm.\n</think>" if thinking else ""
+    odd = block({"a": 1.5}).replace("1.5", "1.50")
+    scripted.say = lambda prompt: thought + ("Done." if "<tool_result>" in prompt else f"Looking.{odd}")
+    number = {"type": "object", "properties": {"a": {"type": "number"}}}
+    fields: dict[str, Any] = {
+        "model": "scripted",
+        "tools": [{**WEATHER, "input_schema": number}],
+        "thinking": {"type": "adaptive"} if thinking else OFF,
+    }
+    first = client.messages.create(**fields, max_tokens=100, messages=[USER])
+    result = {"type": "tool_result", "tool_use_id": first.content[-1].id, "content": "rain"}  # type: ignore[union-attr]
+    messages: list[Any] = [USER, first.to_param(), {"role": "user", "content": [result]}]
+    expected = [*scripted.prompts[-1], *scripted.answers[-1], 1]
+    counted = client.messages.count_tokens(**fields, messages=messages)
+    usage = client.messages.create(**fields, max_tokens=100, messages=messages).usage
+    assert scripted.prompts[-1][: len(expected)] == expected
+    assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == counted.input_tokens
+
+
 def test_parse(scripted: Any, client: anthropic.Anthropic) -> None:
     class City(BaseModel):
         name: str

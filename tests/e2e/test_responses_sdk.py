@@ -171,17 +171,48 @@ def test_reasoning_survives_in_its_sealed_form(scripted: Any, client: openai.Ope
     assert scripted.prompts[-1][: len(expected)] == expected
 
 
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_turn_that_no_renderer_would_write(scripted: Any, client: openai.OpenAI, thinking: bool) -> None:
+    """Odd numbers come back by the calls' ids, whatever the client's JSON library made of them."""
+    thought = "Hm.\n</think>" if thinking else ""
+    odd = block(("weather", {"a": 1.5})).replace("1.5", "1.50")
+    scripted.say = lambda prompt: thought + ("Done." if "<tool_result>" in prompt else f"Looking.{odd}")
+    number = {"type": "object", "properties": {"a": {"type": "number"}}}
+    fields: dict[str, Any] = {
+        "model": "scripted",
+        "tools": [{**WEATHER, "parameters": number}],
+        "reasoning": {"effort": "low" if thinking else "none"},
+    }
+    history: list[Any] = [{"role": "user", "content": "Weather?"}]
+    first = client.responses.create(**fields, input=history)
+    items = [item.to_dict() for item in first.output]
+    items[-1]["arguments"] = json.dumps(json.loads(items[-1]["arguments"]))
+    result = {"type": "function_call_output", "call_id": items[-1]["call_id"], "output": "rain"}
+    expected = [*scripted.prompts[-1], *scripted.answers[-1], 1]
+    counted = client.responses.input_tokens.count(
+        model="scripted", **{k: fields[k] for k in ("tools", "reasoning")}, input=[*history, *items, result]
+    )
+    second = client.responses.create(**fields, input=[*history, *items, result])
+    assert scripted.prompts[-1][: len(expected)] == expected
+    assert second.usage is not None and second.usage.input_tokens == counted.input_tokens
+
+
 def test_tools_of_a_coding_agent(scripted: Any, client: openai.OpenAI) -> None:
     """What Codex sends: namespaces, custom tools with a grammar, and tools that are not there."""
     patch = '*** Begin Patch\n*** Add File: a.py\n+print("é")\n*** End Patch'
     calls = [("exec", {"cmd": "ls"}), ("mail__send", {"to": "x"}), ("apply_patch", {"input": patch})]
     scripted.say = lambda prompt: "</think>" + ("Done." if "<tool_result>" in prompt else block(*calls))
+
+    def of(name: str) -> dict[str, Any]:
+        return {"type": "object", "properties": {name: {"type": "string"}}, "required": [name]}
+
+    send = {**WEATHER, "name": "send", "parameters": of("to")}
     lark = {"type": "grammar", "syntax": "lark", "definition": "start: begin_patch hunk+ end_patch"}
     fields: dict[str, Any] = {
         "instructions": "You are Codex.",
         "tools": [
-            {**WEATHER, "name": "exec"},
-            {"type": "namespace", "name": "mail", "description": "Mail.", "tools": [{**WEATHER, "name": "send"}]},
+            {**WEATHER, "name": "exec", "parameters": of("cmd")},
+            {"type": "namespace", "name": "mail", "description": "Mail.", "tools": [send]},
             {"type": "custom", "name": "apply_patch", "description": "Edits files.", "format": lark},
             {"type": "web_search", "external_web_access": True},
             {"type": "tool_search", "execution": "client", "description": "Find.", "parameters": {"type": "object"}},

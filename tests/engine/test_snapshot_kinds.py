@@ -112,15 +112,16 @@ def test_at_the_end_of_a_turn(engine: Engine) -> None:
     assert cached == 708 and engine.last_way == "restored"
 
 
-def test_where_a_second_request_leaves_the_first(engine: Engine) -> None:
+@pytest.mark.parametrize("own", [900, 30])
+def test_where_a_second_request_leaves_the_first(engine: Engine, own: int) -> None:
     """The second is replayed there, the third restored; both compute their own tokens only."""
     shared = text(20_000, 1)
     engine.ask([*shared, *text(900, 2)])
     junction = len(shared) // 256 * 256
-    _, second = engine.ask([*shared, *text(900, 3)])
+    _, second = engine.ask([*shared, *text(own, 3)])
     assert second == junction and engine.last_way == "replayed"
     assert ("junction", junction) in engine.kept
-    _, third = engine.ask([*shared, *text(900, 4)])
+    _, third = engine.ask([*shared, *text(own, 4)])
     assert third == junction and engine.last_way == "restored"
 
 
@@ -149,7 +150,7 @@ def test_when_a_request_is_preempted(make_config: MakeConfig, make_message: Make
     scheduling = SchedulingConfig(
         step_seconds=1e6, interactive_itl_seconds=1e6, long_itl_seconds=1e6, output_quantile=0.1
     )
-    config = make_config(num_pages=5, num_snapshots=8, num_host_pages=16, scheduling=scheduling)
+    config = make_config(num_pages=5, num_snapshots=32, num_host_pages=64, scheduling=scheduling)
     engine = Engine(config, make_message)
     for i in range(20):
         engine.ask(text(8, i), 1)

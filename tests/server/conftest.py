@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +49,15 @@ class Harness:
         self.app = app
         self.engine = client
         self.tokenizer = tokenizer
+        self.turns: list[list[int]] = []
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(app=app, client=("127.0.0.1", 1)), base_url="http://fathom", timeout=30
         )
+
+    def say(self, answer: str) -> None:
+        """Another script, for a server that has one."""
+        assert self.turns
+        self.turns[:] = [self.tokenizer.encode(answer, special=True)]
 
     async def post(self, path: str, body: Any, **kwargs: Any) -> httpx.Response:
         return await self.http.post(path, json=body, **kwargs)
@@ -95,7 +101,7 @@ def sim_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def serving(sim_model_dir: Path) -> Callable[..., Any]:
     """A factory: `async with serving(answer="...", max_model_len=...) as harness`.
 
-    `answers` are those of a conversation's turns.
+    `answers` are those of a conversation's turns, `by_word` those to prompts that hold a word.
     """
 
     @asynccontextmanager
@@ -103,6 +109,7 @@ def serving(sim_model_dir: Path) -> Callable[..., Any]:
         *,
         answer: str | None = None,
         answers: Sequence[str] = (),
+        by_word: Mapping[str, str] | None = None,
         keys: Sequence[str] = (),
         config: ServerConfig | None = None,
         max_model_len: int = 4096,
@@ -116,13 +123,21 @@ def serving(sim_model_dir: Path) -> Callable[..., Any]:
             model_dir=str(sim_model_dir), simulate=True, max_model_len=max_model_len, max_num_seqs=max_num_seqs
         )
         script = None
+        turns: list[list[int]] = []
         if answer is not None or answers:
-            turns = [tokenizer.encode(text, special=True) for text in (answers or [answer])]
+            turns = [tokenizer.encode(text or "", special=True) for text in (answers or [answer])]
             assistant = tokenizer.required_id("<｜Assistant｜>")
 
             def script(prompt: np.ndarray) -> Sequence[int]:
                 """The nth answer to a prompt that opens the nth turn."""
                 return turns[min(np.count_nonzero(prompt == assistant), len(turns)) - 1]
+
+        if by_word is not None:
+            scripts = {word: tokenizer.encode(text, special=True) for word, text in by_word.items()}
+
+            def script(prompt: np.ndarray) -> Sequence[int]:
+                text = tokenizer.decode(prompt.tolist())
+                return next(ids for word, ids in scripts.items() if word in text)
 
         executor = SimExecutor(
             sim_config(engine_config, model),
@@ -137,6 +152,7 @@ def serving(sim_model_dir: Path) -> Callable[..., Any]:
         state = ServerState(config or ServerConfig(), KeyRing(list(keys)), MODEL)
         state.attach(client, tokenizer)
         harness = Harness(state, create_app(state), client, tokenizer)
+        harness.turns = turns
         try:
             yield harness
         finally:
@@ -251,7 +267,7 @@ class ServerProcess:
 
     def engine_pid(self) -> int:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (pid,) = children
+        (pid,) = (pid for pid in children if b"engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes())
         return int(pid)
 
     def wait(self, seconds: float = 15.0) -> int:

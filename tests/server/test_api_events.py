@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import hypothesis
 import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 from hypothesis import given
@@ -15,9 +16,10 @@ from server.generation import CallDelta, GenerationEvent, TokenLogprob, TopLogpr
 from server.protocol.messages_events import MessageBuilder, failure
 from server.protocol.responses_custom import CustomInput
 from server.protocol.responses_events import ResponseBuilder
-from server.protocol.responses_items import to_messages, unseal
+from server.protocol.responses_items import to_messages
 from server.protocol.responses_object import settings
 from server.protocol.responses_request import ResponsesBody, to_chat
+from server.protocol.sealed import unseal
 
 OPENAI_EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 OPENAI_RESPONSE: TypeAdapter[Any] = TypeAdapter(Response)
@@ -124,6 +126,7 @@ def fold_responses(events: list[dict[str, Any]]) -> dict[str, Any]:
     return last  # type: ignore[no-any-return]
 
 
+@hypothesis.settings(max_examples=40)
 @given(answers(), st.booleans())
 def test_responses_fold_to_the_whole(news: list[GenerationEvent], seals: bool) -> None:
     builder = make_builder(include=["reasoning.encrypted_content"] if seals else [])

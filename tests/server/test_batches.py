@@ -157,8 +157,18 @@ def test_completions_and_listing(serving: Any) -> None:
                 assert done["error_file_id"] is None
                 (row,) = await rows(server, done["output_file_id"])
                 assert [c["text"] for c in row["response"]["body"]["choices"]] == ["abc", "abc"]
+            line = {**request_line("r", url="/v1/responses", input="hi"), "body": {"model": "sim", "input": "hi"}}
+            done = await until(server, await submit(server, [line], endpoint="/v1/responses"), "completed")
+            (row,) = await rows(server, done["output_file_id"])
+            assert row["response"]["body"]["object"] == "response"
+            usage = row["response"]["body"]["usage"]
+            assert done["usage"]["total_tokens"] == usage["total_tokens"] > 0
+            await server.http.delete(f"/v1/files/{done['input_file_id']}")
+            others = done["id"]
             newest_first = [batch["id"] for batch in reversed(batches)]
-            page = (await server.http.get("/v1/batches?limit=2")).json()
+            page = (await server.http.get("/v1/batches?limit=1")).json()
+            assert ([b["id"] for b in page["data"]], page["has_more"]) == ([others], True)
+            page = (await server.http.get(f"/v1/batches?limit=2&after={others}")).json()
             assert ([b["id"] for b in page["data"]], page["has_more"]) == (newest_first[:2], True)
             page = (await server.http.get(f"/v1/batches?limit=2&after={page['last_id']}")).json()
             assert ([b["id"] for b in page["data"]], page["has_more"]) == (newest_first[2:], False)
@@ -524,6 +534,46 @@ def test_the_directory(tmp_path: Path, serving: Any) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ServerConfigError, match="--data-dir"):
         Database.open(str(tmp_path / "file"))
+
+
+def test_what_is_deleted_is_gone_from_the_disk(tmp_path: Path) -> None:
+    async def main() -> None:
+        database = Database.open(str(tmp_path))
+        files = files_module.Files(database, bytes_per_owner=2**30)
+
+        def traces() -> int:
+            return sum(path.read_bytes().count(b"FILECANARY") for path in tmp_path.iterdir())
+
+        kept = await files.add("k", "kept", b"x")
+        file = await files.add("k", "gone", b"FILECANARY" * 200_000)
+        assert traces() > 190_000, "some stand across two pages"
+        await files.delete("k", file.id)
+        assert traces() == 0
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 400_000
+        assert await files.read_all("k", kept.id) == b"x"
+        database.close()
+
+    asyncio.run(main())
+
+
+def test_a_full_disk_is_503_and_the_batch_goes_on_later(serving: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr("server.batches.runner._PAUSE_SECONDS", 0.05)
+        async with serving(answer="x</think>y") as server, running(server):
+            batch = await submit(server, [request_line(str(n)) for n in range(5)])
+            data = jsonl([request_line("a")])
+            pages = await server.state.database.run(lambda c: c.execute("PRAGMA page_count").fetchone()[0])
+            await server.state.database.run(lambda c: c.execute(f"PRAGMA max_page_count = {pages}").fetchone())
+            full = await upload(server, data * 1000)
+            assert (full.status_code, full.json()["error"]["code"]) == (503, "storage_unavailable")
+            assert int(full.headers["retry-after"]) >= 1
+            await asyncio.sleep(0.3)
+            await server.state.database.run(lambda c: c.execute("PRAGMA max_page_count = 1000000").fetchone())
+            done = await until(server, batch, "completed")
+            assert done["request_counts"] == {"total": 5, "completed": 5, "failed": 0}
+            assert (await upload(server, data * 1000)).status_code == 200
+
+    asyncio.run(main())
 
 
 def test_nothing_of_a_batch_is_logged(serving: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,10 +7,13 @@ import pytest
 from openai.types import completion_create_params as openai_completions
 from openai.types.chat import completion_create_params as openai_chat
 
+from server.errors import ApiError
 from server.protocol.chat import ChatBody
-from server.protocol.common import Body, FormatFields, SamplingFields, ThinkingFields
+from server.protocol.common import Body, FormatFields, ReasoningViewFields, SamplingFields, ThinkingFields
 from server.protocol.completions import CompletionBody
 from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REASONS, REFUSED_EVERYWHERE
+from server.protocol.messages_request import CountBody, MessagesBody
+from server.protocol.responses_request import ResponsesBody
 
 OPENAI = {
     ChatBody: {*openai_chat.CompletionCreateParamsBase.__annotations__, "stream"},
@@ -192,6 +195,19 @@ def test_the_salt_tells_parts_apart() -> None:
 
 
 def test_mixins_share_no_field() -> None:
-    kinds = (SamplingFields, ThinkingFields, FormatFields)
+    kinds = (SamplingFields, ThinkingFields, ReasoningViewFields, FormatFields)
     names = [name for kind in kinds for name in kind.model_fields]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("kind", [ResponsesBody, MessagesBody, CountBody])
+def test_the_other_apis_forget_none_of_them(kind: type[Body]) -> None:
+    """What chat or completions honour is known there too: honoured, or refused where an answer has no place for it."""
+    shared = {*SamplingFields.model_fields, *ReasoningViewFields.model_fields, *FormatFields.model_fields}
+    assert all(kind.knows(name) for name in shared)
+    # What `SamplingFields` declares and such an answer cannot show is refused before it is read.
+    for name, value in (("n", 2), ("prompt_logprobs", 1), ("return_token_ids", True)):
+        content = {"input": "x"} if kind is ResponsesBody else {"messages": [{}]}
+        with pytest.raises(ApiError) as raised:
+            kind.from_object({"model": "m", "max_tokens": 1, **content, name: value})
+        assert raised.value.param == name

@@ -75,6 +75,21 @@ def test_counting_agrees_with_usage(serving: Any) -> None:
     asyncio.run(main())
 
 
+def test_render_shows_the_prompts(serving: Any) -> None:
+    async def main() -> None:
+        async with serving(answer=ANSWER) as server:
+            message = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "system": "sys"}
+            rendered = (await server.post("/v1/messages/render", message)).json()
+            assert rendered["prompt"].endswith("sys<｜User｜>hi<｜Assistant｜><think>")
+            counted = (await server.post("/v1/messages/count_tokens", message)).json()
+            assert rendered["count"] == counted["input_tokens"]
+            response = {"model": "sim", "input": "hi", "instructions": "sys"}
+            for path in ("/v1/responses/render", "/render"):
+                assert (await server.post(path, response)).json()["prompt"] == rendered["prompt"]
+
+    asyncio.run(main())
+
+
 def test_stops_and_limits(serving: Any) -> None:
     async def main() -> None:
         async with serving(answer="Hello END more", max_model_len=1024) as server:

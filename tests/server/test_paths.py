@@ -136,10 +136,11 @@ def test_render_is_the_prompt_that_would_run(serving: Any) -> None:
         {**CHAT, "thinking": {"type": "disabled"}},
         {**CHAT, "tools": [TOOL]},
         {**CHAT, "messages": [{"role": "user", "content": "<｜User｜>"}]},
+        {**CHAT, "truncate_prompt_tokens": 5},
     ]
 
     async def main() -> None:
-        async with serving(answer="x") as server:
+        async with serving(answer="x</think>y") as server:
             for body in chats:
                 ran = (await server.post("/v1/chat/completions", {**body, "return_token_ids": True})).json()
                 for path in ("/render", "/v1/render", "/v1/chat/completions/render"):
@@ -148,11 +149,23 @@ def test_render_is_the_prompt_that_would_run(serving: Any) -> None:
                     assert found["count"] == len(found["token_ids"]) == ran["usage"]["prompt_tokens"]
                     assert server.tokenizer.decode(found["token_ids"]) == found["prompt"]
                     assert (found["model"], found["max_model_len"]) == ("sim", 4096)
-                if "thinking" not in body:
+                if not {"thinking", "truncate_prompt_tokens"} & set(body):
                     counted = (await server.post("/tokenize", body)).json()
                     assert counted["tokens"] == ran["prompt_token_ids"]
             found = (await server.post("/render", {**COMPLETION, "prompt": ["a", [5, 6]]})).json()
             assert [p["token_ids"] for p in found["prompts"]] == [found["token_ids"], [5, 6]]
+            response = {"model": "sim", "input": "hi"}
+            message = {"model": "sim", "messages": CHAT["messages"], "system": "be kind", "max_tokens": 3}
+            for path, body, count, field in (
+                ("/v1/responses", response, "/v1/responses/input_tokens", "input_tokens"),
+                ("/v1/messages", message, "/v1/messages/count_tokens", "input_tokens"),
+            ):
+                counted = (await server.post(count, body)).json()[field]
+                for render in ("/render", path + "/render"):
+                    found = (await server.post(render, body)).json()
+                    assert found["count"] == len(found["token_ids"]) == counted
+                    assert server.tokenizer.decode(found["token_ids"]) == found["prompt"]
+                assert ("be kind" in found["prompt"]) == ("system" in body)
             for body, param in (
                 ({"model": "sim"}, "messages"),
                 ({**CHAT, "temperature": 9}, "temperature"),

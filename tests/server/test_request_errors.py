@@ -113,7 +113,6 @@ CHAT = COMMON | {
     "chat_template": ["{{ 1 }}"],
     "continue_final_message": [True],
     "add_generation_prompt": [False],
-    "prompt_logprobs": [*COMMON["prompt_logprobs"], 0, 1],
 }
 COMPLETIONS = COMMON | {
     "prompt": [

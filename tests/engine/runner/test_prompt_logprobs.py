@@ -110,7 +110,8 @@ def test_tiles_are_bounded(make_hand: Any, lab: Any, monkeypatch: pytest.MonkeyP
 
 def test_the_workspace_counts_the_rows_of_a_whole_step() -> None:
     small, large = (
-        workspace_bytes(preset("flash"), dtype="bfloat16", max_num_seqs=1, max_num_batched_tokens=n) for n in (1, 512)
+        workspace_bytes(preset("flash"), dtype="bfloat16", max_num_seqs=1, max_num_batched_tokens=n, max_model_len=1000)
+        for n in (1, 512)
     )
     # One block of logits, four copies, beyond what the activations of 511 more rows take.
     assert large - small > (1 << 25) * 4 * 3

@@ -41,6 +41,34 @@ def test_a_replay_rebuilds_what_no_snapshot_holds(short_lab: Any, page: int) -> 
     assert again.cached_tokens == 256 * page
 
 
+def test_the_second_that_leaves_a_prompt_is_replayed_and_the_third_restored(short_lab: Any) -> None:
+    engine = Engine(short_lab)
+    shared = short_lab.prompt(1100, seed=20)
+    engine.ask([*shared, *short_lab.prompt(200, seed=21)], 3)
+    for seed, way in ((22, "replays"), (23, "slot_restores")):
+        prompt = [*shared, *short_lab.prompt(60, seed=seed)]
+        num_plans = len(engine.executor.plans)
+        again = engine.ask(prompt, 6)
+        assert_same(again, cold(short_lab, prompt, 6))
+        assert again.cached_tokens == 1024
+        assert sum(len(getattr(plan, way)) for plan in engine.executor.plans[num_plans:]) == 1
+
+
+def test_a_long_prompt_leaves_snapshots_on_its_way(short_lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 32K tokens; here every 512."""
+    monkeypatch.setattr("engine.step_builder.PERIODIC_SNAPSHOT_TOKENS", 512)
+    engine = Engine(short_lab)
+    first = short_lab.prompt(1700, seed=24)
+    engine.ask(first, 3)
+    kept = {(snapshot.kind, snapshot.position) for snapshot in engine.core.scheduler.kv.snapshots}
+    assert kept == {("periodic", 512), ("periodic", 1024), ("periodic", 1536), ("turn_end", 1702)}
+    other = [*first[:1030], *short_lab.prompt(100, seed=25)]
+    again = engine.ask(other, 6)
+    assert again.cached_tokens == 1024
+    assert [restore.position for restore in engine.orders("slot_restores")] == [1024]
+    assert_same(again, cold(short_lab, other, 6))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_pressure_changes_no_answer(short_lab: Any, seed: int) -> None:
     """Few pages and slots, shared prefixes, requests that come while others run. Everything is reserved in whole."""

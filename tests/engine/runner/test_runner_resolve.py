@@ -88,6 +88,7 @@ def test_defaults_fill_the_budget_and_no_more(model: str, facts: MachineFacts) -
         dtype=resolved.dtype,
         max_num_seqs=resolved.max_num_seqs,
         max_num_batched_tokens=resolved.max_num_batched_tokens,
+        max_model_len=resolved.max_model_len,
     )
     assert slots + pages + workspace <= facts.free_bytes
     assert 1 <= resolved.max_num_seqs <= 256 and slots <= (slots + pages) // 4 + layout.bytes_per_page
