@@ -353,6 +353,10 @@ class Scheduler:
     def _commit_token(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> None:
         request.append(token_id)
         self.totals.generation_tokens += 1
+        is_plain = not len(self.grammars) and request.prompt_logprobs is None
+        if is_plain and token_id not in request.stop_ids and request.num_tokens < request.most_tokens:
+            self._news.add(request, (token_id,), logprobs)
+            return
         if request.prompt_logprobs is not None:
             self._news.add_prompt_logprobs(request.request_id, request.prompt_logprobs)
             request.prompt_logprobs = None
