@@ -15,6 +15,7 @@ from engine.kv.manager import KVManager
 from engine.kv.resume import ResumePlan
 from engine.output_lengths import OutputLengths
 from engine.policy import (
+    HELD_BACK_FACTOR,
     SHORTAGE_STEPS,
     ServiceClass,
     credit_is_spent,
@@ -40,6 +41,8 @@ class AdmissionOrder:
         """Waiting requests that were found not to fit, in the order in which that happened."""
         self._lacks: dict[str, tuple[int, int]] = {}
         """How many pages each of them wanted when it was last looked at, and in which step that was."""
+        self._held: dict[str, tuple[float, int]] = {}
+        """Predicted seconds of those who may start only if they are finished in one step, and when that was seen."""
         self._spent: dict[str, Request] = {}
         """Those of them whose credit is spent."""
         self._largest_seconds = 0.0
@@ -51,6 +54,7 @@ class AdmissionOrder:
         self.waiting.remove(request)
         self._short.pop(request.request_id, None)
         self._lacks.pop(request.request_id, None)
+        self._held.pop(request.request_id, None)
         self._spent.pop(request.request_id, None)
 
     def first(self) -> Request | None:
@@ -78,6 +82,18 @@ class AdmissionOrder:
         """
         wanted, looked_at = self._lacks.get(request.request_id, (0, 0))
         return wanted > self._kv.num_available_pages and step_id < looked_at + SHORTAGE_STEPS
+
+    def hold_back(self, request: Request, work_seconds: float, step_id: int) -> None:
+        """A request would not have been finished in a step in which only such ones may start."""
+        self._held[request.request_id] = (work_seconds, step_id)
+
+    def is_held_back(self, request: Request, seconds: float, step_id: int) -> bool:
+        """Whether that is so again, in a step with `seconds` left: its work is far more, as it was seen lately."""
+        held = self._held.get(request.request_id)
+        if held is None:
+            return False
+        work_seconds, looked_at = held
+        return work_seconds > HELD_BACK_FACTOR * seconds and step_id < looked_at + SHORTAGE_STEPS
 
     def admit(
         self, request: Request, running: Iterable[Request], plan: ResumePlan, now: float, step_id: int
@@ -147,6 +163,7 @@ class AdmissionOrder:
 
     def check(self) -> None:
         waiting = {r.request_id for r in self.waiting}
+        assert set(self._held) <= waiting, "a request that left is held back"
         assert set(self._lacks) <= set(self._short), "a request lacks pages that it does not wait for"
         assert set(self._spent) <= set(self._short) <= waiting, "a request that left is still short of memory"
         for request in self._short.values():

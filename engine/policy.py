@@ -41,6 +41,8 @@ MOST_SHORTAGES = 8
 
 SHORTAGE_STEPS = 16
 """A request that does not fit is looked up again when so many pages are available, and after so many steps anyway."""
+HELD_BACK_FACTOR = 1.5
+"""A request is not looked up again where its work was this many times what a step has left for it."""
 STANDSTILL_SECONDS = 2.0
 """A prompt that has had no rows for so long is not waited for by others that share its prefix."""
 MOST_PARKED = 16

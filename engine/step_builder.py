@@ -152,7 +152,7 @@ class StepBuilder:
             if request is None:
                 return
             if request is not first:
-                if self._is_short(request):
+                if self._is_hopeless(request):
                     num_passed += 1
                     scan.skip()
                     continue
@@ -206,7 +206,7 @@ class StepBuilder:
             if request.status is RequestStatus.RUNNING:
                 self._favoured = request
                 return seconds_kept
-            if not self._kv.num_free_slots or self._is_short(request) or self._parks(request):
+            if not self._kv.num_free_slots or self._is_hopeless(request) or self._parks(request):
                 continue
             num_rows = self._rows_for(request, self._budget.seconds_left - seconds_kept)
             if num_rows and self._start(request, num_rows):
@@ -267,9 +267,18 @@ class StepBuilder:
             seconds_kept = max(seconds_kept, self._budget.seconds_left - (allowed - self._long_seconds))
         return self._budget.rows_for(start, wanted, seconds_kept=seconds_kept + replayed, rows_kept=rows_kept)
 
-    def _is_short(self, request: Request) -> bool:
-        """Whether a waiting request was found not to fit and will not fit now."""
-        return bool(self._running) and self._admission.is_short(request, self._step_id)
+    def _is_full(self, priority: int) -> bool:
+        """Whether so many prompts are begun that one of this priority starts only if it is finished in this step."""
+        return sum(n for p, n in self._num_begun.items() if p <= priority) >= MOST_BEGUN
+
+    def _is_hopeless(self, request: Request) -> bool:
+        """Whether a waiting request was found not to fit lately, or not to be short enough, and nothing has changed."""
+        if not self._running or request.status is not RequestStatus.QUEUED:
+            return False
+        if self._admission.is_short(request, self._step_id):
+            return True
+        seconds = self._budget.seconds_left
+        return self._is_full(request.priority) and self._admission.is_held_back(request, seconds, self._step_id)
 
     def _parks(self, request: Request) -> bool:
         """Let a waiting request wait for a prefix in flight if that is sooner than computing it as well."""
@@ -342,7 +351,8 @@ class StepBuilder:
         """Admit a waiting request that would get `num_rows` rows now."""
         plan = self._plan_for(request)
         finishes = num_rows == request.num_tokens - plan.resume_at
-        if not finishes and sum(n for p, n in self._num_begun.items() if p <= request.priority) >= MOST_BEGUN:
+        if not finishes and self._is_full(request.priority):
+            self._admission.hold_back(request, plan.est_seconds, self._step_id)
             return False
         admitted = self._admission.admit(request, self._running.values(), plan, self._now, self._step_id)
         if admitted is None:
