@@ -104,11 +104,7 @@ def random_config(rng: random.Random, kind: Kind) -> ResolvedConfig:
             long_itl_seconds=seconds,
             long_prompt_tokens=rng.choice((600, 262_144)),
             output_quantile=quantile,
-            **(
-                {"unknown_output_tokens": 1, "woken_output_tokens": 20}
-                if kind in ("crowded", "asleep")
-                else {}
-            ),
+            **({"unknown_output_tokens": 1, "woken_output_tokens": 20} if kind in ("crowded", "asleep") else {}),
         ),
     )
 
