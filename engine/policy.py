@@ -88,6 +88,13 @@ def is_pressed(slack_seconds: float, service: ServiceClass, config: SchedulingCo
     return slack_seconds < PRESSED_SHARE * config.ttft_seconds(service)
 
 
+def long_seconds(prefill: float, gives_first_tokens: bool, config: SchedulingConfig) -> float:
+    """What long prompts may take of a step's prompt seconds. Whoever waits for a first token that the step gives to an
+    interactive prompt waits for the whole step, so there it is their share and no more.
+    """
+    return config.long_prefill_share * prefill if gives_first_tokens else prefill
+
+
 def prefill_seconds(total: float, decode: float) -> float:
     """What the decode rows leave of a step's seconds."""
     return max(total - decode, LEAST_PREFILL_SHARE * total)

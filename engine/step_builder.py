@@ -27,6 +27,7 @@ from engine.policy import (
     OrderKey,
     ServiceClass,
     is_pressed,
+    long_seconds,
     longest_prefix_wait,
     order_key,
     prefill_seconds,
@@ -96,6 +97,9 @@ class StepBuilder:
         self._favoured: Request | None = None
         self._favoured_seconds = 0.0
         self._prompt_seconds = 0.0
+        self._long_seconds = 0.0
+        self._gives_first_tokens = False
+        """Whether an interactive prompt is computed to its end."""
 
     def add_decodes(self, requests: Sequence[Request], grown: Mapping[str, tuple[int, ...]]) -> None:
         """One row each; `grown` has the pages that were appended to their tables."""
@@ -258,6 +262,9 @@ class StepBuilder:
             if plan.replay and self._budget.features.num_prefill_rows:
                 replayed = self._costs.replay_seconds(start)
         wanted = request.limit_after(start) - start
+        if request.service is ServiceClass.LONG:
+            allowed = long_seconds(self._budget.prefill_seconds, self._gives_first_tokens, self._config)
+            seconds_kept = max(seconds_kept, self._budget.seconds_left - (allowed - self._long_seconds))
         return self._budget.rows_for(start, wanted, seconds_kept=seconds_kept + replayed, rows_kept=rows_kept)
 
     def _is_short(self, request: Request) -> bool:
@@ -423,8 +430,11 @@ class StepBuilder:
         if request is self._favoured:
             self._favoured_seconds += seconds
         self._line.pop(request.request_id, None)
+        if request.service is ServiceClass.LONG:
+            self._long_seconds += seconds
         if end == request.num_tokens:
             self._num_begun[request.priority] -= 1
+            self._gives_first_tokens |= request.service is ServiceClass.INTERACTIVE
         request.last_step_id = self._step_id
         request.last_chunk_time = self._now
         self._ends[request.request_id] = end

@@ -120,7 +120,9 @@ class RequestMeter:
             self._queued_seconds = queued_seconds
             self._metrics.observe("time_to_first_token_seconds", now - self._arrival)
         else:
-            self._metrics.observe("inter_token_latency_seconds", (now - self._last) / count)
+            # Tokens of several steps may come at once: each of them took its part of the time.
+            for _ in range(count):
+                self._metrics.observe("inter_token_latency_seconds", (now - self._last) / count)
         self._last = now
         self.num_tokens += count
 

@@ -90,6 +90,12 @@ _STREAMS = {
     *(("post", f"/v1/{api}") for api in ("chat/completions", "completions", "responses", "messages")),
     ("get", "/v1/responses/{response_id}"),
 }
+_EVENT = {
+    "type": "object",
+    "description": "Each event; `data` is JSON, or [DONE] at the end of a stream of completions.",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
 _OPEN = ("/health", "/health/live", "/health/ready")
 
 _UPLOAD = {
@@ -157,10 +163,11 @@ def _schemas() -> tuple[dict[str, Any], dict[Any, Any], dict[str, Any]]:
 
 def _responses(method: str, path: str, refs: dict[Any, Any]) -> dict[str, Any]:
     key = (method, path)
-    content = {_OTHER_ANSWERS[key]: {"type": "string"}} if key in _OTHER_ANSWERS else {"application/json": refs[key]}
+    content: dict[str, Any] = (
+        {"application/json": refs[key]} if key in refs else {_OTHER_ANSWERS[key]: {"type": "string"}}
+    )
     if key in _STREAMS:
-        # With `stream`: server-sent events.
-        content["text/event-stream"] = {"type": "string"}
+        content["text/event-stream"] = _EVENT
     error = refs["anthropic" if speaks_anthropic(path) else "error"]
     found = {
         "200": _content(content, description="Success"),

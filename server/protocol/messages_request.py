@@ -57,6 +57,8 @@ class CountBody(SamplingFields, ThinkingFields, FormatFields):
         }
     )
     IGNORED = ACCEPTED_WITHOUT_EFFECT | {
+        # How much of the reasoning shows is no matter of the prompt.
+        *ReasoningViewFields.model_fields,
         *("cache_control", "context_management", "betas", "anthropic_version", "anthropic_beta", "diagnostics"),
         *("inference_geo", "billing_policy", "user_profile_id", "workspace_id", "fallback_credit_token"),
     }

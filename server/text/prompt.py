@@ -91,11 +91,11 @@ def render_chat(
         starts_in = "reasoning"
     names, plain = _parts(rendered.prompt, rendered.special_ranges)
     history = [] if turns is None else [m for m in body["messages"] if m["role"] == "assistant" and not m.get("prefix")]
-    token_ids = _encode(tokenizer, names, plain, history, turns)
+    token_ids, sampled = _encode(tokenizer, names, plain, history, turns)
     opened = np.flatnonzero(token_ids == tokenizer.required_id(ASSISTANT))
     return Prompt(
         token_ids=token_ids,
-        text=rendered.prompt,
+        text=tokenizer.decode(token_ids.tolist()) if sampled else rendered.prompt,
         thinking=thinking,
         starts_in=starts_in,
         continues=_continues(body["messages"][-1], thinking),
@@ -130,8 +130,10 @@ def _encode(
     plain: Sequence[str],
     history: Sequence[Mapping[str, Any]],
     turns: FindsTurns | None,
-) -> np.ndarray:
-    """int32 ids: special tokens where the renderer put them, plain text between.
+) -> tuple[np.ndarray, bool]:
+    """int32 ids, and whether turns stand in them as they were sampled.
+
+    Special tokens stand where the renderer put them, plain text is between.
 
     `history` are the assistant's messages, each of which is rendered from `<｜Assistant｜>` to EOS.
     """
@@ -140,7 +142,7 @@ def _encode(
     closed = [n for n, name in enumerate(names) if name == EOS]
     ids: list[int] = []
     prefix, num_hashed = hashlib.blake2b(digest_size=16), 0
-    message, n = 0, 0
+    message, n, any_sampled = 0, 0, False
     while n < len(special):
         ids += encoded[n]
         ids.append(special[n])
@@ -150,10 +152,10 @@ def _encode(
             sampled = turns.find(history[message], special[n + 1], prefix.digest())
             if sampled is not None:
                 ids += sampled.tolist()
-                n = closed[message]
+                n, any_sampled = closed[message], True
             message += 1
         n += 1
-    return np.array(ids + encoded[-1], dtype=np.int32)
+    return np.array(ids + encoded[-1], dtype=np.int32), any_sampled
 
 
 def _special_id(tokenizer: Tokenizer, name: str) -> int:
@@ -173,7 +175,7 @@ def _message(message: Any, param: str) -> dict[str, Any]:
     cleaned: dict[str, Any] = {"role": "system" if role == "developer" else role}
     content = message.get("content")
     if content is not None:
-        cleaned["content"] = _text(content, f"{param}.content")
+        cleaned["content"] = _text(content, f"{param}.content", thoughts=role == "assistant")
     elif role != "assistant":
         raise PromptError(f"{param}.content is required", f"{param}.content")
     elif not message.get("tool_calls"):
@@ -196,6 +198,11 @@ def _assistant_fields(message: Mapping[str, Any], cleaned: dict[str, Any], param
             raise PromptError(f"{param}.{name} must be a string", f"{param}.{name}")
         cleaned["reasoning_content"] = _unicode(reasoning, f"{param}.{name}")
         break
+    else:
+        blocks = [part for part in _blocks(message) if _thought(part) is not None]
+        if blocks:
+            thoughts = [_unicode(_thought(part) or "", param) for part in blocks]
+            cleaned["reasoning_content"] = "".join(thoughts)
     prefix = message.get("prefix")
     if prefix is not None:
         if not isinstance(prefix, bool):
@@ -208,7 +215,27 @@ def _assistant_fields(message: Mapping[str, Any], cleaned: dict[str, Any], param
         cleaned["tool_calls"] = calls
 
 
-def _text(content: Any, param: str) -> str:
+def _blocks(message: Mapping[str, Any]) -> list[Any]:
+    """What may hold an assistant's thinking: `thinking_blocks` (LiteLLM's) and parts of the content."""
+    found = []
+    for name in ("thinking_blocks", "content"):
+        parts = message.get(name)
+        found += parts if isinstance(parts, list) else []
+        if any(_thought(part) is not None for part in found):
+            break
+    return found
+
+
+def _thought(part: Any) -> str | None:
+    """The text of a block of type `thinking` or `reasoning`; None for any other part."""
+    if not isinstance(part, Mapping) or part.get("type") not in ("thinking", "reasoning"):
+        return None
+    text = part.get("thinking", part.get("text", part.get("reasoning")))
+    return text if isinstance(text, str) else ""
+
+
+def _text(content: Any, param: str, *, thoughts: bool = False) -> str:
+    """What is said; `thoughts`: parts that hold thinking are allowed, and are not said."""
     if isinstance(content, str):
         return _unicode(content, param)
     if not isinstance(content, list):
@@ -218,6 +245,8 @@ def _text(content: Any, param: str) -> str:
         place = f"{param}[{n}]"
         if not isinstance(part, Mapping):
             raise PromptError(f"{place} must be an object", place)
+        if thoughts and _thought(part) is not None:
+            continue
         if part.get("type") != "text":
             raise PromptError(f"{place}.type: only text parts are supported; found {part.get('type')!r:.80}", place)
         if not isinstance(part.get("text"), str):

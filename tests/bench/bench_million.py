@@ -12,6 +12,7 @@ The model is `nano` with 4 index heads. Lengths are arguments, so that everythin
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,25 @@ SPARE_TOKENS = 1024
 NUM_BLOCKS = 10
 
 
-def measure_million(home: Path, num_tokens: int = 1_000_000, max_model_len: int = 1 << 20) -> dict[str, Any]:
-    """A cold prompt and a second turn."""
+def measure_million(
+    home: Path,
+    num_tokens: int = 1_000_000,
+    max_model_len: int = 1 << 20,
+    note: Callable[[Any], None] = lambda so_far: None,
+) -> dict[str, Any]:
+    """A cold prompt and a second turn; `note` hears every minute how far it is."""
+    block = -(-num_tokens // NUM_BLOCKS)
     ids = prompt_ids(1, num_tokens)
     flags = cache_flags(device_tokens=max_model_len, host_bytes=256 << 20, max_model_len=max_model_len)
     with long_server(home, *flags) as live:
         before, memory, progress = machine(), Memory(live), Progress(live)
-        with Watch(memory.look, 1.0), Watch(progress.look, 2.0):
+
+        def so_far() -> None:
+            done = progress.moments[-1].tokens // block * block
+            pace = progress.pace(long_model(), num_tokens=done, block=block)
+            note({"machine": before, "most_resident_bytes": memory.most_bytes, "pace": pace})
+
+        with Watch(memory.look, 1.0), Watch(progress.look, 2.0), Watch(so_far, 60.0):
             cold = complete(live, ids, max_tokens=ANSWER_TOKENS)
         with Watch(memory.look, 0.1):
             second = complete(live, next_turn(ids, cold, seed=2), max_tokens=ANSWER_TOKENS)
@@ -57,7 +70,7 @@ def measure_million(home: Path, num_tokens: int = 1_000_000, max_model_len: int 
             "ttft_seconds": round(cold.ttft_seconds, 3),
             "tokens_per_second": round(num_tokens / cold.ttft_seconds, 1),
             "most_resident_bytes": memory.most_bytes,
-            "pace": progress.pace(long_model(), num_tokens=num_tokens, block=-(-num_tokens // NUM_BLOCKS)),
+            "pace": progress.pace(long_model(), num_tokens=num_tokens, block=block),
             "second_turn": turn_of(cold, cold, second),
         }
 
@@ -120,7 +133,12 @@ def main() -> None:
     go_first()
     session = args.session_tokens + SPARE_TOKENS
     parts = {
-        "million": lambda home: measure_million(home, args.tokens, args.tokens + (1 << 20) - 1_000_000),
+        "million": lambda home: measure_million(
+            home,
+            args.tokens,
+            args.tokens + (1 << 20) - 1_000_000,
+            lambda so_far: write_part(args.out, "million_unfinished", so_far),
+        ),
         "two_in_memory": lambda home: measure_two_sessions(home, args.session_tokens, 2 * session),
         "two_with_host": lambda home: measure_two_sessions(home, args.session_tokens, session),
     }
@@ -128,6 +146,7 @@ def main() -> None:
         for name in args.parts:
             result = parts[name](Path(home))
             write_part(args.out, name, result)
+            write_part(args.out, f"{name}_unfinished", None)
             print(name, json.dumps(result, indent=1), flush=True)
 
 

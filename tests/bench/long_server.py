@@ -348,9 +348,11 @@ def _cpu_name() -> str:
 
 
 def write_part(path: Path, name: str, part: Any) -> None:
-    """Replace one part of a result file and keep the others."""
+    """Replace one part of a result file, or take it out (None), and keep the others."""
     result = json.loads(path.read_text()) if path.exists() else {}
-    result[name] = part
+    result.pop(name, None)
+    if part is not None:
+        result[name] = part
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 

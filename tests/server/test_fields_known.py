@@ -206,7 +206,7 @@ def test_the_other_apis_forget_none_of_them(kind: type[Body]) -> None:
     shared = {*SamplingFields.model_fields, *ReasoningViewFields.model_fields, *FormatFields.model_fields}
     assert all(kind.knows(name) for name in shared)
     # What `SamplingFields` declares and such an answer cannot show is refused before it is read.
-    for name, value in (("n", 2), ("prompt_logprobs", 1), ("return_token_ids", True), ("include_reasoning", False)):
+    for name, value in (("n", 2), ("prompt_logprobs", 1), ("return_token_ids", True)):
         content = {"input": "x"} if kind is ResponsesBody else {"messages": [{}]}
         with pytest.raises(ApiError) as raised:
             kind.from_object({"model": "m", "max_tokens": 1, **content, name: value})

@@ -38,7 +38,7 @@ def folded(text: str) -> tuple[str, str, list[str], str]:
 @pytest.mark.parametrize("logprobs", [False, True])
 def test_views(serving: Any, fields: dict[str, Any], reasoning: str | None, content: str, logprobs: bool) -> None:
     async def main() -> None:
-        async with serving(answer="why not</think>because") as server:
+        async with serving(answer="why not</think>because", step_seconds=0.005) as server:
             asked = {**fields, "logprobs": logprobs}
             body = (await server.chat(**asked)).json()
             message = body["choices"][0]["message"]

@@ -44,10 +44,12 @@ def test_nothing_left_to_choose_is_the_client_s_error(serving: Any) -> None:
             answer = await server.complete(allowed_token_ids=[1], min_tokens=2)
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, "allowed_token_ids")
             # Found out only on the way.
-            answer = await server.complete(allowed_token_ids=[a, b], bad_words=["aa", "ab", "ba", "bb"], max_tokens=9)
+            answer = await server.complete(
+                allowed_token_ids=[a, b], bad_words=["aa", "ab", "ba", "bb"], ignore_eos=True
+            )
             assert answer.status_code == 400 and "no token" in answer.json()["error"]["message"]
             answer = await server.complete(
-                allowed_token_ids=[a, b], bad_words=["aa", "ab", "ba", "bb"], max_tokens=9, stream=True
+                allowed_token_ids=[a, b], bad_words=["aa", "ab", "ba", "bb"], ignore_eos=True, stream=True
             )
             assert answer.status_code == 200 and "no token" in answer.text and "[DONE]" not in answer.text
             await server.idle()

@@ -23,7 +23,7 @@ VLLM_ITL = "0.01 0.025 0.05 0.075 0.1 0.15 0.2 0.3 0.4 0.5 0.75 1.0 2.5 5.0 7.5 
 
 def test_names_labels_and_sums(serving: Any) -> None:
     async def main() -> None:
-        async with serving(answer="hello") as server:
+        async with serving(answer="hello", step_seconds=0.005) as server:
             answers = [await server.complete("abc", max_tokens=n) for n in (2, 50, 50)]
             await server.complete("abc", **{f"unknown_{n}": 1 for n in range(3)})
             await server.complete("abc", temperature=-1)

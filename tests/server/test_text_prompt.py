@@ -25,6 +25,7 @@ ORACLE = deepseek_recipe.DeepseekV4Encoding().with_tokenizer(
     deepseek_recipe.Tokenizer.from_file(str(TOKENIZER_DIR / "tokenizer.json"))
 )
 USER = {"role": "user", "content": "Hi"}
+TEXT_X = {"type": "text", "text": "x"}
 TOOL = {"type": "function", "function": {"name": "f"}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
@@ -279,3 +280,19 @@ def test_turn_start_is_where_the_next_prompt_of_the_conversation_parts() -> None
     shared = first.token_ids[: first.turn_start]
     assert later.token_ids[: first.turn_start].tolist() == shared.tolist()
     assert later.turn_start > first.turn_start
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": "x", "thinking_blocks": [{"type": "thinking", "thinking": "wh", "signature": "s"}, {"type": "x"}]},
+        {"content": [{"type": "thinking", "thinking": "wh"}, {"type": "text", "text": "x"}]},
+        {"content": [{"type": "reasoning", "text": "w"}, {"type": "reasoning", "text": "h"}, TEXT_X]},
+    ],
+)
+def test_thinking_in_blocks(said: dict[str, Any]) -> None:
+    expected = {"role": "assistant", "content": "x", "reasoning_content": "wh", "tool_calls": [CALL]}
+    answer = {"role": "tool", "tool_call_id": "1", "content": "r"}
+    found = render([USER, {**expected, "reasoning_content": None, **said}, answer], tools=[TOOL])
+    assert found.text == render([USER, expected, answer], tools=[TOOL]).text
+    assert "<think>wh</think>x" in found.text
