@@ -18,10 +18,10 @@ from engine.messages import AbortRequest, AddRequest, StepOutputs, unpack_ids
 from engine.plan import StepPlan, StepResult
 
 MakeDevice = Callable[..., SymbolicDevice]
-EPISODES: dict[Kind, int] = {"plain": 8, "crowded": 8, "asleep": 8, "storm": 8, "full": 8, "faulty": 30}
+EPISODES: dict[Kind, int] = {"plain": 8, "crowded": 8, "asleep": 5, "storm": 8, "full": 8, "faulty": 60}
 """Seeds that must pass, and within which every mutant must fail; faults are rare, so they take more."""
 EPISODE_OPS = 400
-"""24,800 operations in all, those not counted in which an episode drains."""
+"""38,800 operations in all, those not counted in which an episode drains."""
 FULL_CHECK = 50
 """Operations between two recomputations of all books."""
 MOST_IDLE_STEPS = 3
@@ -188,6 +188,8 @@ class Run:
         assert 0 <= kv.num_available_pages <= config.num_pages
         assert scheduler.num_running + kv.num_free_slots + kv.num_departing <= config.max_num_seqs
         assert len(kv.snapshots) <= config.num_snapshots
+        scheduler._admission.prefixes.check(scheduler._running)
+        assert all(scheduler.requests[h.request_id].grant is None for h in kv.hibernations), "pins stay"
 
     def _check_all(self) -> None:
         self.scheduler.check()

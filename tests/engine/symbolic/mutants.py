@@ -213,24 +213,6 @@ ENGINE = (
     Mutant("I13", "pins stay", Hibernations, "end", "self._index.unpin(hibernation.tip)", "pass", kind="asleep"),
     Mutant(
         "I13",
-        "pins of who has gone away stay",
-        KVManager,
-        "forget",
-        "self.hibernations.end(request_id)",
-        "pass",
-        kind="asleep",
-    ),
-    Mutant(
-        "I13",
-        "nobody is given up for one who runs",
-        KVManager,
-        "unpin_until",
-        "self.hibernations.give_up()",
-        "False",
-        kind="asleep",
-    ),
-    Mutant(
-        "I13",
         "nobody is given up for one who waits",
         KVManager,
         "admit",
@@ -256,7 +238,7 @@ ENGINE = (
         "",
         kind="asleep",
     ),
-    Mutant("I14", "a dead leader is waited for", PrefixWaits, "left", "self._let_go(request)", "pass", kind="storm"),
+    Mutant("I14", "a dead leader is waited for", PrefixWaits, "left", "self._let_go(request)", "pass", kind="asleep"),
     Mutant(
         "I14",
         "what has been published is waited for",

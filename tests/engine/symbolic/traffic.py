@@ -70,17 +70,19 @@ def random_config(rng: random.Random, kind: Kind) -> ResolvedConfig:
     num_seqs, num_pages = rng.choice((1, 2, 3, 5, 8)), rng.choice((6, 7, 10, 16, 30))
     num_rows, quantile = rng.choice((48, 300, 1000, 3000)), rng.choice((0.3, 0.9, 1.0))
     num_snapshots, seconds = rng.choice((0, 1, 4, 12, 40)), rng.choice((0.002, 0.02, 1e6))
+    host_pages = (0, 1, 4, 12, 40)
     match kind:
         case "crowded":
             num_seqs, num_pages, quantile = 8, rng.choice((6, 7)), 0.02
         case "asleep":
-            num_seqs, num_pages, quantile, num_rows = 8, 6, 0.02, 3000
+            num_seqs, num_pages, quantile, num_rows, host_pages = 8, 6, 0.02, 3000, (0, 1)
         case "storm":
             num_seqs, num_rows, num_snapshots = rng.choice((3, 5)), 48, rng.choice((4, 12))
         case "full":
             num_seqs, num_pages, num_snapshots = rng.choice((1, 2)), 6, rng.choice((4, 12))
         case "faulty":
-            num_snapshots = rng.choice((4, 12, 40))
+            num_snapshots, num_pages = rng.choice((4, 12, 40)), min(num_pages, 10)
+            host_pages = (4, 12, 40)
         case "plain":
             pass
     return ResolvedConfig(
@@ -96,7 +98,7 @@ def random_config(rng: random.Random, kind: Kind) -> ResolvedConfig:
         max_num_batched_tokens=num_rows,
         num_pages=num_pages,
         num_threads=1,
-        num_host_pages=rng.choice((0, 1) if kind == "asleep" else (0, 1, 4, 12, 40)),
+        num_host_pages=rng.choice(host_pages),
         num_snapshots=num_snapshots,
         scheduling=SchedulingConfig(
             step_seconds=seconds,
@@ -121,8 +123,8 @@ class Traffic:
         self._sent: list[AddRequest] = []
         self._kind = kind
         self._is_crowded = kind in ("crowded", "asleep")
-        self._arrivals = 0.12 if self._is_crowded else rng.choice((0.03, 0.06, 0.12))
-        self._aborts = self._arrivals * (0.9 if kind == "storm" else 0.2)
+        self._arrivals = 0.12 if kind == "crowded" else 0.1 if kind == "asleep" else rng.choice((0.03, 0.06, 0.12))
+        self._aborts = self._arrivals * (0.9 if kind == "storm" else 0.6 if kind == "asleep" else 0.2)
 
     def ops(self, count: int) -> list[Op]:
         return [self._op() for _ in range(count)]
