@@ -18,10 +18,10 @@ from engine.messages import AbortRequest, AddRequest, StepOutputs, unpack_ids
 from engine.plan import StepPlan, StepResult
 
 MakeDevice = Callable[..., SymbolicDevice]
-EPISODES: dict[Kind, int] = {"plain": 8, "crowded": 8, "asleep": 5, "storm": 8, "full": 8, "faulty": 60}
+EPISODES: dict[Kind, int] = {"plain": 8, "crowded": 8, "asleep": 5, "storm": 8, "full": 8, "faulty": 25}
 """Seeds that must pass, and within which every mutant must fail; faults are rare, so they take more."""
 EPISODE_OPS = 400
-"""38,800 operations in all, those not counted in which an episode drains."""
+"""24,800 operations in all, those not counted in which an episode drains."""
 FULL_CHECK = 50
 """Operations between two recomputations of all books."""
 MOST_IDLE_STEPS = 3
