@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from symbolic import tags
 from symbolic.exact_replay import replay_is_exact
-from symbolic.faults import Faults
+from symbolic.faults import PAGES_MOVE, SLOTS_KEPT, Faults
 from symbolic.live import CSA_ROWS, HIDDEN, NUM_ACCUMULATORS, PAGE_ROWS, Live
 from symbolic.tags import MASK, NOTHING
 
@@ -86,7 +86,12 @@ class SymbolicDevice:
         draw = random.Random(self._faults.seed * 1_000_003 + plan.step_id)
         self._forget(plan)
         self._check_plan(plan)
-        failing = draw.choice(("start", "moved", "computed")) if draw.random() < self._faults.step else None
+        chance = self._faults.step
+        if plan.page_spills or plan.page_loads:
+            chance *= PAGES_MOVE
+        elif plan.slot_snapshots:
+            chance *= SLOTS_KEPT
+        failing = draw.choice(("start", "moved", "computed")) if draw.random() < chance else None
         if failing == "start":
             self._unlearned |= {new.request_id for new in plan.new}
             self._fail_step(plan)
@@ -108,7 +113,8 @@ class SymbolicDevice:
                 self._check_rows(rows)
         for rows in plan.scheduled:
             self._write_rows(self._live[rows.request_id], rows.start, rows.start + rows.num_tokens)
-        if plan.scheduled and draw.random() < self._faults.request:
+        chance = self._faults.request * (SLOTS_KEPT if plan.slot_snapshots else 1)
+        if plan.scheduled and draw.random() < chance:
             failed[draw.choice(plan.scheduled).request_id] = "not a number"
         for rows in plan.scheduled:
             if failing == "computed" or rows.request_id in failed:

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+PAGES_MOVE, SLOTS_KEPT = 10, 3
+"""Times as likely is a failure where more is lost than rows."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Faults:

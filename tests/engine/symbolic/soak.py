@@ -9,6 +9,7 @@ import multiprocessing
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 _HERE = Path(__file__).resolve()
@@ -16,11 +17,13 @@ sys.path[:0] = [str(_HERE.parents[3]), str(_HERE.parents[1])]
 
 from symbolic.driver import Episode, run_episode  # noqa: E402
 
+MOST_LIVE = 12
+
 
 def run_one(job: tuple[int, int]) -> tuple[int, Counter[str]]:
     """Operations, those of the drain included, and what was ordered."""
     logging.disable(logging.CRITICAL)
-    run = run_episode(Episode.draw(*job), shrink_seconds=120.0)
+    run = run_episode(replace(Episode.draw(*job), most_live=MOST_LIVE), shrink_seconds=120.0)
     return run.num_ops, Counter(run.device.num_orders) + Counter(preemptions=run.scheduler.totals.num_preemptions)
 
 

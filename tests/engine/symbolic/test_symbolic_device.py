@@ -1,4 +1,4 @@
-"""39,000 operations against an engine whose rows are tags: every row that is read is the row that was meant."""
+"""25,000 operations against an engine whose rows are tags: every row that is read is the row that was meant."""
 
 import logging
 from collections import Counter
