@@ -160,7 +160,7 @@ def truncated_prompt(serving: Serving, chat: ChatRequest, prompt: Prompt) -> Pro
     dropped = len(prompt.token_ids) - len(kept) if chat.fields.truncation_side == "left" else 0
     turn_start = max(0, prompt.turn_start - dropped)
     turn_start = turn_start if turn_start <= len(kept) else 0
-    return replace(prompt, token_ids=kept, text=serving.tokenizer.decode(kept.tolist()), turn_start=turn_start)
+    return replace(prompt, token_ids=kept, turn_start=turn_start)
 
 
 def offers_tools(chat: ChatRequest) -> bool:

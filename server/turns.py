@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 
 from server.generation import GenerationEvent
+from server.text.calls import DSML
 from server.text.prompt import EOS, Prompt
 from server.text.tokenizer import Tokenizer
 
 _ENTRY_BYTES = 500
 """About what an entry costs beside its ids."""
-_STRUCTURE = ("<think>", "</think>", "｜DSML｜", EOS)
+_STRUCTURE = ("<think>", "</think>", DSML, EOS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,10 @@ from server import limits
 from server.errors import bad_request
 from server.protocol.common import SamplingFields
 from server.state import Serving
+from server.text.calls import DSML
 from server.text.tokenizer import Tokenizer
 
 END_OF_REASONING = "</think>"
-_CALLS = "｜DSML｜"
 _GOLDEN = 0x9E3779B97F4A7C15
 _MOST_SEED = 2**63
 
@@ -134,7 +134,7 @@ def _allowed(fields: SamplingFields, bad_words: Sequence[Sequence[int]], serving
 def _forced(budget: int | None, tokenizer: Tokenizer) -> ForcedToken | None:
     if budget is None or budget < 0:
         return None
-    calls = tokenizer.special_id(_CALLS)
+    calls = tokenizer.special_id(DSML)
     # A call that begins inside reasoning ends it too.
     unless = () if calls is None else (calls,)
     return ForcedToken(token_id=tokenizer.required_id(END_OF_REASONING), after=budget, unless=unless)

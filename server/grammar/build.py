@@ -5,10 +5,9 @@ from server.chat_request import ChatRequest, OutputFormat
 from server.errors import unsupported
 from server.grammar.messages import GrammarJob, ToolSpec
 from server.grammar.service import GrammarService
+from server.text.calls import DSML
 from server.text.tokenizer import Tokenizer
 from server.validation import END_OF_REASONING
-
-CALL_MARKER = "｜DSML｜"
 
 
 async def build_grammar(
@@ -34,9 +33,9 @@ async def build_grammar(
     if not offered and wanted is None:
         # Tools that must not be called may tempt the model all the same.
         return Grammar(text="", after=after) if chat.tools else None
-    marker = tokenizer.special_id(CALL_MARKER) if offered else None
+    marker = tokenizer.special_id(DSML) if offered else None
     if offered and marker is None:
-        raise unsupported("tools", f"This model's tokenizer has no {CALL_MARKER} token, so it cannot call tools.")
+        raise unsupported("tools", f"This model's tokenizer has no {DSML} token, so it cannot call tools.")
     choice = chat.tool_choice
     forced = offered and choice.mode == "required"
     shown = [tool for tool in chat.tools if choice.name is None or tool.name == choice.name] if offered else []

@@ -5,7 +5,7 @@ A keyword is kept exactly, or it is refused; for a tool that is not strict it ma
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 DEEPEST = 64
@@ -167,16 +167,6 @@ def standalone(schema: Any, root: Any) -> Any:
 
     alone = rewritten(schema)
     return {**alone, "$defs": definitions} if definitions and isinstance(alone, dict) else alone
-
-
-def subschemas(schema: Any) -> Iterator[Any]:
-    """The schemas directly within one."""
-    if isinstance(schema, dict):
-        yield from (schema[k] for k in _ONE if k in schema)
-        for keyword in _LISTS:
-            yield from schema.get(keyword, ())
-        for keyword in _MAPS:
-            yield from schema.get(keyword, {}).values()
 
 
 _DATA = frozenset(("const", "enum", "default", "examples", "required"))

@@ -2,6 +2,7 @@
 without quotes and escapes, so the library's JSON strings do not fit it."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from llguidance import regex_to_lark
@@ -149,9 +150,9 @@ def _length(least: Any, most: Any) -> str:
     return f"/(?s:.{{{least},{'' if most is None else most}}})/"
 
 
-def _alternatives(pattern: str) -> list[str]:
-    """A pattern's branches at its outermost level."""
-    branches, start, depth, in_class, n = [], 0, 0, False, 0
+def _operators(pattern: str) -> Iterator[tuple[int, str]]:
+    """Characters of a pattern, with their places, that are neither escaped nor in a class."""
+    in_class, n = False, 0
     while n < len(pattern):
         character = pattern[n]
         if character == "\\":
@@ -160,12 +161,20 @@ def _alternatives(pattern: str) -> list[str]:
             in_class = character != "]"
         elif character == "[":
             in_class = True
-        elif character in "()":
+        else:
+            yield n, character
+        n += 1
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """A pattern's branches at its outermost level."""
+    branches, start, depth = [], 0, 0
+    for n, character in _operators(pattern):
+        if character in "()":
             depth += 1 if character == "(" else -1
         elif character == "|" and depth == 0:
             branches.append(pattern[start:n])
             start = n + 1
-        n += 1
     return [*branches, pattern[start:]]
 
 
@@ -177,16 +186,4 @@ def _ends_anchored(branch: str) -> bool:
 
 
 def _has_anchor(body: str) -> bool:
-    in_class, n = False, 0
-    while n < len(body):
-        character = body[n]
-        if character == "\\":
-            n += 1
-        elif in_class:
-            in_class = character != "]"
-        elif character == "[":
-            in_class = True
-        elif character in "^$":
-            return True
-        n += 1
-    return False
+    return any(character in "^$" for _, character in _operators(body))

@@ -63,6 +63,14 @@ REFUSED_EVERYWHERE: dict[str, tuple[Any, ...]] = {
 }
 """With the values that ask for nothing."""
 
+NO_CHOICES: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+}
+"""Fields of chat and completions that the responses and messages APIs have no place for."""
+
 REASONS = {
     "best_of": "Invalid best_of value (only best_of = n is supported)",
     "detokenize": "`detokenize` must be true: answers are text; `return_token_ids` adds the ids.",

@@ -17,10 +17,9 @@ from server.protocol.common import (
     SamplingFields,
     ThinkingFields,
 )
-from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REFUSED_EVERYWHERE
+from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, NO_CHOICES, REFUSED_EVERYWHERE
 from server.protocol.members import as_object, member, not_supported, one_of, required
 from server.protocol.messages_blocks import system_text, to_messages
-from server.protocol.responses_request import NO_CHOICES
 from server.protocol.tools import MOST_TOOLS, checked_name
 from server.text.effort import PromptError, resolve_thinking
 

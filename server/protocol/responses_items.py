@@ -16,6 +16,8 @@ from server.protocol.sealed import unseal
 DROPPED_ITEMS = frozenset({"web_search_call", "image_generation_call"})
 """Traces of tools that other servers ran; the model is not told of them."""
 _TOOL_ITEMS = ("additional_tools", "tool_search_output")
+_TEXT_OF = {"input_text": "text", "output_text": "text", "text": "text"}
+"""Types of parts to the member that holds their text."""
 _UNSEEN = {"input_image": "[Unsupported Image]", "input_file": "[Unsupported File]"}
 """What stands in a tool's result for what the model cannot see: a refusal would end an agent's whole conversation."""
 
@@ -176,48 +178,40 @@ class _Turns:
 
 
 def _content(item: Mapping[str, Any], param: str) -> str:
-    content = item.get("content")
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise bad_request(f"{param}.content must be a string or a list of parts.", param=f"{param}.content")
+    return _texts(item, "content", param, {**_TEXT_OF, "refusal": "refusal"}, {})
+
+
+def _output(item: Mapping[str, Any], param: str) -> str:
+    return _texts(item, "output", param, _TEXT_OF, _UNSEEN)
+
+
+def _texts(
+    item: Mapping[str, Any], name: str, param: str, text_of: Mapping[str, str], unseen: Mapping[str, str]
+) -> str:
+    """`item[name]`, a string or a list of parts. By type, `text_of` says which member holds a part's text, and `unseen`
+    what stands for it."""
+    value = item.get(name)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise bad_request(f"{param}.{name} must be a string or a list of parts.", param=f"{param}.{name}")
     texts = []
-    for n, value in enumerate(content):
-        place = f"{param}.content[{n}]"
-        part = as_object(value, place)
-        match part.get("type"):
-            case "input_text" | "output_text" | "text":
-                texts.append(required(part, "text", str, place))
-            case "refusal":
-                texts.append(required(part, "refusal", str, place))
-            case other:
-                raise _not_a_text(other, place)
+    for n, each in enumerate(value):
+        place = f"{param}.{name}[{n}]"
+        part = as_object(each, place)
+        kind = part.get("type")
+        if isinstance(kind, str) and kind in text_of:
+            texts.append(required(part, text_of[kind], str, place))
+        elif isinstance(kind, str) and kind in unseen:
+            texts.append(unseen[kind])
+        else:
+            raise _not_a_text(kind, place)
     return "\n\n".join(texts)
 
 
 def _not_a_text(kind: Any, place: str) -> ApiError:
     message = f"{place}.type: only input_text and output_text parts are supported, found {echo(repr(kind))}."
     return bad_request(message, param=f"{place}.type", code="unsupported_parameter")
-
-
-def _output(item: Mapping[str, Any], param: str) -> str:
-    output = item.get("output")
-    if isinstance(output, str):
-        return output
-    if not isinstance(output, list):
-        raise bad_request(f"{param}.output must be a string or a list of parts.", param=f"{param}.output")
-    texts = []
-    for n, value in enumerate(output):
-        place = f"{param}.output[{n}]"
-        part = as_object(value, place)
-        kind = part.get("type")
-        if kind in ("input_text", "output_text", "text"):
-            texts.append(required(part, "text", str, place))
-        elif isinstance(kind, str) and kind in _UNSEEN:
-            texts.append(_UNSEEN[kind])
-        else:
-            raise _not_a_text(kind, place)
-    return "\n\n".join(texts)
 
 
 def _reasoning(item: Mapping[str, Any], param: str) -> str | None:

@@ -11,7 +11,7 @@ from server.chat_request import ChatRequest, OutputFormat
 from server.errors import bad_request
 from server.grammar.formats import output_format_of
 from server.protocol.common import LARGEST_INT32, FormatFields, ReasoningViewFields, SamplingFields, ThinkingFields
-from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, REFUSED_EVERYWHERE
+from server.protocol.known_fields import ACCEPTED_WITHOUT_EFFECT, NO_CHOICES, REFUSED_EVERYWHERE
 from server.protocol.members import member, not_supported, one_of, required
 from server.protocol.responses_items import later_tools, to_messages
 from server.protocol.responses_tools import Toolbox, read_choice, read_toolbox
@@ -27,14 +27,6 @@ _FOREIGN_REASONING = ("max_tokens", "enabled", "enable", "exclude")
 _SUMMARIES = ("auto", "concise", "detailed")
 PARAMS = {"response_format": "text.format", "messages": "input", "reasoning_effort": "reasoning.effort"}
 """Fields of a chat request to the fields of this API."""
-
-NO_CHOICES: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "prompt_logprobs": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-}
-"""Fields of chat and completions that these APIs have no place for."""
 
 ShortKey = Annotated[str, Field(max_length=64)]
 ShortText = Annotated[str, Field(max_length=512)]

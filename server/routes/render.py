@@ -96,7 +96,7 @@ async def _answer_chat(request: Request, num_bytes: int, chat: ChatRequest) -> R
 
     def work(serving: Serving) -> list[Rendered]:
         prompt = truncated_prompt(serving, chat, render_request(serving, chat, turns))
-        return [(prompt.text, prompt.token_ids)]
+        return [(serving.tokenizer.decode(prompt.token_ids), prompt.token_ids)]
 
     return await _answer(request, num_bytes, work)
 

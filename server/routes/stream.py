@@ -10,7 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import ApiError, overloaded
+from server import logs
+from server.errors import ApiError, internal, overloaded
 from server.middleware import CLIENT_GONE
 from server.protocol import sse
 from server.state import ServerState
@@ -82,14 +83,13 @@ class EventStream(Response):
                 waited = {sender, gone, stopping}
                 await asyncio.wait(waited, timeout=_TICK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 if sender.done():
-                    sender.result()
+                    await self._end(sender, send)
                     return
                 if gone.done():
                     return
                 if stopping.done():
                     await _cancel(sender)
-                    await self._send(send, self._failure(shutting_down()))
-                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    await self._fail(send, shutting_down())
                     return
                 now = time.monotonic()
                 if self._sending_since is not None:
@@ -107,6 +107,20 @@ class EventStream(Response):
             async for chunk in self._events:
                 await self._send(send, chunk)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _end(self, sender: asyncio.Future[None], send: Send) -> None:
+        """Everything was sent; or making it failed, and then the client is told and the log gets the place."""
+        error = sender.exception()
+        if error is None:
+            return
+        if not isinstance(error, Exception):
+            raise error
+        logs.server.error("a stream failed: %s", logs.failure(error))
+        await self._fail(send, internal())
+
+    async def _fail(self, send: Send, error: ApiError) -> None:
+        await self._send(send, self._failure(error))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, chunk: bytes) -> None:
         self._sending_since = self._last_sent = time.monotonic()

@@ -30,7 +30,8 @@ class Prompt:
     token_ids: np.ndarray
     """int32, one dimension."""
     text: str
-    """The same prompt as text, special tokens spelled out."""
+    """The rendered prompt, special tokens spelled out. Where turns stand as they were sampled, or the ids were
+    truncated, theirs is another text."""
     thinking: bool
     starts_in: Literal["reasoning", "content", "calls"]
     """What the first generated token belongs to."""
@@ -91,11 +92,11 @@ def render_chat(
         starts_in = "reasoning"
     names, plain = _parts(rendered.prompt, rendered.special_ranges)
     history = [] if turns is None else [m for m in body["messages"] if m["role"] == "assistant" and not m.get("prefix")]
-    token_ids, sampled = _encode(tokenizer, names, plain, history, turns)
+    token_ids = _encode(tokenizer, names, plain, history, turns)
     opened = np.flatnonzero(token_ids == tokenizer.required_id(ASSISTANT))
     return Prompt(
         token_ids=token_ids,
-        text=tokenizer.decode(token_ids.tolist()) if sampled else rendered.prompt,
+        text=rendered.prompt,
         thinking=thinking,
         starts_in=starts_in,
         continues=_continues(body["messages"][-1], thinking),
@@ -130,10 +131,8 @@ def _encode(
     plain: Sequence[str],
     history: Sequence[Mapping[str, Any]],
     turns: FindsTurns | None,
-) -> tuple[np.ndarray, bool]:
-    """int32 ids, and whether turns stand in them as they were sampled.
-
-    Special tokens stand where the renderer put them, plain text is between.
+) -> np.ndarray:
+    """int32 ids: special tokens where the renderer put them, plain text between, and known turns as they were sampled.
 
     `history` are the assistant's messages, each of which is rendered from `<｜Assistant｜>` to EOS.
     """
@@ -142,7 +141,7 @@ def _encode(
     closed = [n for n, name in enumerate(names) if name == EOS]
     ids: list[int] = []
     prefix, num_hashed = hashlib.blake2b(digest_size=16), 0
-    message, n, any_sampled = 0, 0, False
+    message = n = 0
     while n < len(special):
         ids += encoded[n]
         ids.append(special[n])
@@ -152,10 +151,10 @@ def _encode(
             sampled = turns.find(history[message], special[n + 1], prefix.digest())
             if sampled is not None:
                 ids += sampled.tolist()
-                n, any_sampled = closed[message], True
+                n = closed[message]
             message += 1
         n += 1
-    return np.array(ids + encoded[-1], dtype=np.int32), any_sampled
+    return np.array(ids + encoded[-1], dtype=np.int32)
 
 
 def _special_id(tokenizer: Tokenizer, name: str) -> int:

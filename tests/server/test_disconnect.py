@@ -10,6 +10,7 @@ import pytest
 
 from engine.runner.sim_executor import Faults
 from server.config import ServerConfig
+from server.text.parser import OutputParser
 
 
 class Client:
@@ -236,5 +237,40 @@ def test_not_ready_without_progress(serving: Any) -> None:
             assert reasons == {None, "no_progress"}
             await client.task
             assert (await server.http.get("/health/ready")).status_code == 200
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "last"),
+    [
+        ("/v1/completions", LONG, b'data: {"error":{"message":'),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, b'data: {"error":{"message":'),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 99}, b"event: error"),
+        ("/v1/responses", {"input": "x"}, b"event: response.failed"),
+    ],
+    ids=["completions", "chat", "messages", "responses"],
+)
+def test_a_fault_of_the_server_ends_a_stream_with_an_error(
+    serving: Any, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], last: bytes
+) -> None:
+    push, pushed = OutputParser.push, 0
+
+    def breaks(parser: OutputParser, token_ids: Any) -> Any:
+        nonlocal pushed
+        pushed += 1
+        if pushed > 3:
+            raise RuntimeError("a secret")
+        return push(parser, token_ids)
+
+    async def main() -> None:
+        async with serving(step_seconds=0.005) as server:
+            monkeypatch.setattr(OutputParser, "push", breaks)
+            client = Client(server.app, path, {"model": "sim", "stream": True, "ignore_eos": True, **body})
+            await asyncio.wait_for(client.task, 10)
+            monkeypatch.undo()
+            assert client.status == 200 and client.complete
+            assert last in client.data and b"secret" not in client.data
+            await server.idle()
 
     asyncio.run(main())
