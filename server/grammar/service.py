@@ -1,19 +1,21 @@
 """Grammars of requests, written and compiled in processes that can be killed, and remembered.
 
-A job that takes longer than the deadline, or more memory than its process may have, costs its own request a 400 and the
-process its life; another one is started in its place.
+A job that takes more of a processor's time than the deadline, or more memory than its process may have, costs its own
+request a 400 and the process its life; another one is started in its place. Where the machine is too busy to tell, the
+request gets a 503 and nothing is remembered.
 """
 
 import asyncio
 import contextlib
 import sys
+import time
 from collections import OrderedDict
 from hashlib import blake2b
 from pathlib import Path
 
 import msgspec
 
-from server.errors import bad_request, internal
+from server.errors import bad_request, internal, overloaded
 from server.grammar.messages import Answer, GrammarJob, GrammarText, Refusal, Setup
 
 WORKER_COMMAND = (sys.executable, "-m", "server.grammar.worker")
@@ -24,6 +26,9 @@ CACHE_BYTES = 64 << 20
 MOST_JOB_BYTES = 1 << 20
 """Tools and schemas of one request, as JSON."""
 _START_SECONDS = 60.0
+_PATIENCE = 10
+"""Deadlines on the clock that a job may wait for one of processor time."""
+_BUSY_RETRY_SECONDS = 10
 _MOST_LINE = 64 << 20
 _ENTRY_BYTES = 512
 _ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +82,8 @@ class GrammarService:
         """The grammar of a job.
 
         Raises:
-            ApiError: 400 with `param` when there is none; 500 when no process can be started.
+            ApiError: 400 with `param` when there is none; 500 when no process can be started, 503 when the machine is
+                too busy for the work.
         """
         line = msgspec.json.encode(job)
         param = job.format_param or "tools"
@@ -118,6 +124,10 @@ class GrammarService:
             raise internal()
         try:
             answer = await worker.ask(line, self._deadline_seconds)
+        except _BusyError:
+            await self._kill(worker)
+            message = "The server is too busy to check the grammar of this request."
+            raise overloaded(message, _BUSY_RETRY_SECONDS) from None
         except (TimeoutError, EOFError, OSError, ValueError) as error:
             self.num_killed += 1
             await self._kill(worker)
@@ -163,6 +173,10 @@ class GrammarService:
         self._idle.put_nowait(worker)
 
 
+class _BusyError(Exception):
+    """A process has had too little of a processor's time for a verdict."""
+
+
 class _Worker:
     """One process."""
 
@@ -187,9 +201,28 @@ class _Worker:
         return True
 
     async def ask(self, line: bytes, deadline_seconds: float) -> Answer:
-        """Raises TimeoutError; EOFError or OSError when the process has died."""
-        async with asyncio.timeout(deadline_seconds):
-            return msgspec.json.decode(await self._exchange(line), type=Answer)
+        """Raises TimeoutError after `deadline_seconds` of the process's own time, _BusyError when it does not get them;
+        EOFError or OSError when the process has died."""
+        started = self._used_seconds()
+        exchange = asyncio.ensure_future(self._exchange(line))
+        try:
+            for _ in range(_PATIENCE):
+                await asyncio.wait([exchange], timeout=deadline_seconds)
+                if exchange.done():
+                    return msgspec.json.decode(exchange.result(), type=Answer)
+                if self._used_seconds() - started >= deadline_seconds:
+                    raise TimeoutError
+            raise _BusyError
+        finally:
+            exchange.cancel()
+
+    def _used_seconds(self) -> float:
+        """Processor time of the process; where the system does not tell, the clock's."""
+        assert self.process is not None
+        if sys.platform != "linux":
+            return time.monotonic()
+        # The clock id of another process: its number, negated, over three bits of kind (2: scheduled time).
+        return time.clock_gettime((~self.process.pid << 3) | 2)
 
     async def kill(self) -> None:
         process, self.process = self.process, None

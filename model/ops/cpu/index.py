@@ -1,8 +1,9 @@
 """Index scores as matrix products over all heads of a tile of queries; the same top-k as the reference.
 
 Keys are read once for each request, in blocks; of each block the scores of a tile of queries are made piece by piece,
-so that the products of all heads stay in the cache. Scores are rounded to the model's dtype, as torch's products return
-them. Workspace: KEYS keys, PRODUCTS products and the scores of a block, whatever the context.
+so that the products of all heads stay near the cores, in memory that all pieces share. Scores are rounded to the
+model's dtype, as torch's products return them. Workspace: KEYS keys, PRODUCTS products and the scores of a block,
+whatever the context.
 """
 
 import torch
@@ -13,7 +14,7 @@ from model.ops.cpu.topk import GroupedTopK
 from model.ops.reference.index import weighted_heads
 from model.step import EntryPlan, Step
 
-PRODUCTS = 1 << 18
+PRODUCTS = 1 << 20
 QUERIES = 128
 LEAST_KEYS = 128
 ENTRY_BLOCK = 8192
@@ -86,6 +87,7 @@ def _prefill(
     size = min(QUERIES, max(1, PRODUCTS // (heads * LEAST_KEYS)))
     tiles = [slice(first, min(first + size, token_0 + length)) for first in range(token_0, token_0 + length, size)]
     best = [GroupedTopK(tile.stop - tile.start, topk, out.device) for tile in tiles]
+    scratch = _Scratch(q_TIJ, num_queries=min(size, length), num_keys=min(ENTRY_BLOCK, count))
     for start in range(0, count, ENTRY_BLOCK):
         keys_NJ = keys.read(rows[start : start + ENTRY_BLOCK])
         for tile, found in zip(tiles, best, strict=True):
@@ -96,7 +98,7 @@ def _prefill(
             )
             if seen <= 0:
                 continue
-            scores_TN = _scores(q_TIJ[tile], weights_TI[tile], keys_NJ[:seen], low_precision)
+            scores_TN = scratch.scores(q_TIJ[tile], weights_TI[tile], keys_NJ[:seen], low_precision)
             if all_see < seen:
                 low = max(0, all_see)
                 entry = torch.arange(start + low, start + seen, device=out.device)
@@ -106,16 +108,28 @@ def _prefill(
         out[tile, : found.entries.shape[1]] = found.entries
 
 
-def _scores(q_TIJ: Tensor, weights_TI: Tensor, keys_NJ: Tensor, low_precision: bool) -> Tensor:
-    """fp32 [T, N]."""
-    queries, heads, channels = q_TIJ.shape
-    q = q_TIJ.reshape(-1, channels)
-    scores_TN = q.new_empty(queries, keys_NJ.shape[0], dtype=torch.float32)
-    size = max(LEAST_KEYS, PRODUCTS // (queries * heads))
-    for first in range(0, keys_NJ.shape[0], size):
-        products = torch.mm(q, keys_NJ[first : first + size].t()).view(queries, heads, -1)
-        scores_TN[:, first : first + size] = _weigh(products, weights_TI, low_precision)
-    return scores_TN
+class _Scratch:
+    """Memory for the products of a piece and the scores of a block: fresh pages for each would cost much time."""
+
+    def __init__(self, q_TIJ: Tensor, *, num_queries: int, num_keys: int) -> None:
+        heads = q_TIJ.shape[1]
+        products = max(PRODUCTS, num_queries * heads * LEAST_KEYS)
+        self._products = q_TIJ.new_empty(min(products, num_queries * heads * num_keys))
+        self._scores = q_TIJ.new_empty(num_queries * num_keys, dtype=torch.float32)
+
+    def scores(self, q_TIJ: Tensor, weights_TI: Tensor, keys_NJ: Tensor, low_precision: bool) -> Tensor:
+        """fp32 [T, N], until the next call."""
+        queries, heads, channels = q_TIJ.shape
+        count = keys_NJ.shape[0]
+        q = q_TIJ.reshape(-1, channels)
+        scores_TN = self._scores[: queries * count].view(queries, count)
+        size = max(LEAST_KEYS, PRODUCTS // (queries * heads))
+        for first in range(0, count, size):
+            keys = keys_NJ[first : first + size]
+            products = self._products[: queries * heads * keys.shape[0]].view(queries * heads, -1)
+            products_TIN = torch.mm(q, keys.t(), out=products).view(queries, heads, -1)
+            scores_TN[:, first : first + size] = _weigh(products_TIN, weights_TI, low_precision)
+        return scores_TN
 
 
 def _weigh(products_TIN: Tensor, weights_TI: Tensor, low_precision: bool) -> Tensor:

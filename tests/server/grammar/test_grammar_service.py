@@ -1,6 +1,8 @@
 """The processes that check grammars: remembered answers, deadlines, bounds on memory, and a new one for a dead one."""
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -80,6 +82,24 @@ def test_what_takes_too_long_costs_the_process_its_life_and_nobody_else(make_ser
             with pytest.raises(ApiError):
                 await service.write(COLOUR)
             assert service.num_killed == 1
+
+    asyncio.run(run())
+
+
+def test_a_process_that_gets_no_processor_proves_nothing_about_the_grammar(make_service: MakeService) -> None:
+    async def run() -> None:
+        async with make_service() as service:
+            await service.write(COLOUR)
+            (worker,) = service._idle._queue  # type: ignore[attr-defined]
+            os.kill(worker.process.pid, signal.SIGSTOP)
+            service._deadline_seconds = 0.01
+            blue = GrammarJob(format="choice", value=["blue"], format_param="x")
+            with pytest.raises(ApiError) as caught:
+                await service.write(blue)
+            assert caught.value.status == 503 and "too busy" in caught.value.message
+            # Nothing is remembered of it.
+            service._deadline_seconds = 10.0
+            assert "blue" in (await service.write(blue)).text
 
     asyncio.run(run())
 
