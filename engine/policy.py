@@ -17,6 +17,8 @@ TTFT_WORK_FACTOR = 3.0
 """A prompt's first token is due after the goal of its class and this many times its own work."""
 PRESSED_SHARE = 0.5
 """Of the goal of its class: a prompt with less slack than that is pressed for time."""
+SAFE_ERRORS = 3.0
+"""Typical errors of a prediction by which a step may be late and still keep the goals of the answers in it."""
 UNWATCHED_STEPS = 3.0
 """Length of a step that holds nobody up but a newcomer, in steps."""
 LEAST_PREFILL_SHARE = 0.1
@@ -71,18 +73,27 @@ def order_key(
 
 
 def step_seconds(
-    decoding: Iterable[ServiceClass], pressed: bool, config: SchedulingConfig, *, alone: bool = False
+    decoding: Iterable[ServiceClass],
+    pressed: bool,
+    config: SchedulingConfig,
+    *,
+    alone: bool = False,
+    spread: float = 0.0,
 ) -> float:
     """How long a step may take: the configured time, and while prompts are pressed for theirs as long as the answers
     that run allow (longer steps are cheaper for each prompt row: every step reads the weights). Never longer than
     that, but for a prompt that is `alone`, with no answer and no other prompt to wait for it: `UNWATCHED_STEPS` steps.
+
+    `spread` is the typical relative error of a prediction: a goal is a promise, so a lengthened step keeps it even if
+    it takes `SAFE_ERRORS` errors longer than predicted.
     """
     nobody = max(config.step_seconds, config.interactive_itl_seconds)
     limit = min((config.itl_seconds(service) for service in decoding), default=None)
-    if limit is None:
-        limit = UNWATCHED_STEPS * config.step_seconds if alone else nobody
-        return limit if pressed or alone else min(limit, config.step_seconds)
-    return limit if pressed else min(limit, config.step_seconds)
+    if limit is None and alone:
+        return UNWATCHED_STEPS * config.step_seconds
+    goal = nobody if limit is None else limit
+    usual = min(goal, config.step_seconds)
+    return max(usual, goal / (1.0 + SAFE_ERRORS * spread)) if pressed else usual
 
 
 def is_pressed(slack_seconds: float, service: ServiceClass, config: SchedulingConfig) -> bool:

@@ -15,26 +15,23 @@ from engine.fairness import FavouredShare, TenantClock
 from engine.kv.grant import Shortage
 from engine.kv.manager import KVManager
 from engine.kv.resume import MissReason, ResumePlan
+from engine.leaders import Leaders
 from engine.plan import NewRequest, ScheduledTokens
 from engine.policy import (
-    LEAST_PREFILL_SHARE,
     MOST_BEGUN,
     MOST_CHUNKS,
     MOST_PARKED,
     MOST_SHORTAGES,
     PERIODIC_SNAPSHOT_TOKENS,
-    STANDSTILL_SECONDS,
     OrderKey,
     ServiceClass,
     is_pressed,
     long_seconds,
-    longest_prefix_wait,
     order_key,
     prefill_seconds,
     slack,
     step_seconds,
 )
-from engine.prefix_waits import num_shared_pages
 from engine.request import Request, RequestStatus
 from engine.resume_costs import CopyAndComputeCosts
 from engine.stats import Totals
@@ -85,12 +82,15 @@ class StepBuilder:
         """Pages that a starting request brings: they are named with its first rows."""
         self._line: dict[str, tuple[float, Request]] = {}
         """Running prompts that have no chunk in this step yet, with their seconds to go."""
-        self._leaders: list[Request] = []
-        """Running prompts whose pages are named: others may wait for what they compute."""
-        self._ends: dict[str, int] = {}
-        """Where the chunks of this step end."""
-        self._overlapping: set[str] = set()
-        """Waiting requests that share a prefix in flight and are not parked for it."""
+        self._leaders = Leaders(
+            now=now,
+            budget=budget,
+            costs=costs,
+            resume_costs=resume_costs,
+            config=config,
+            kv=kv,
+            waits=admission.prefixes,
+        )
         self._num_begun: Counter[int] = Counter()
         """Prompts that are begun and will not be finished in this step, by priority."""
         self._decoding: set[ServiceClass] = set()
@@ -128,11 +128,10 @@ class StepBuilder:
             left = self._costs.prefill_seconds(request.num_computed_tokens, request.num_tokens)
             self._line[request.request_id] = (left, request)
             self._num_begun[request.priority] += 1
-            if request.keys is not None:
-                self._leaders.append(request)
+            self._leaders.add(request)
             self.backlog_seconds += request.prefill_seconds * request.num_uncomputed_tokens / request.num_tokens
         alone = len(self._line) + len(self._admission.waiting) == 1
-        seconds = step_seconds(self._decoding, self._is_pressed(), self._config, alone=alone)
+        seconds = step_seconds(self._decoding, self._is_pressed(), self._config, alone=alone, spread=self._costs.spread)
         self._budget.open_prefill(prefill_seconds(seconds, self._budget.predicted_seconds))
         seconds_kept = self._favour()
         self._serve_line(seconds_kept)
@@ -286,59 +285,7 @@ class StepBuilder:
             return False
         if request.lookup_keys is None or not self._leaders:
             return False
-        plan = self._plan_for(request)
-        best: tuple[float, Request, int] | None = None
-        for leader in self._leaders:
-            position = self._shared_with(leader, request)
-            if position <= plan.resume_at:
-                continue
-            self._overlapping.add(request.request_id)
-            gained = self._seconds_gained(leader, position, request)
-            if gained > (0.0 if best is None else best[0]):
-                best = (gained, leader, position)
-        if best is None or (request.wait_until is not None and request.wait_until <= self._now):
-            return False
-        _, leader, position = best
-        if position > self._ends.get(leader.request_id, leader.num_computed_tokens) and self._kv.snapshots.num_places:
-            leader.stops.setdefault(position, "junction")
-        if request.wait_until is None:
-            longest = longest_prefix_wait(request.service, plan.est_seconds, self._config)
-            request.wait_until = self._now + longest
-        self._admission.prefixes.begin(request, leader, position)
-        return True
-
-    def _shared_with(self, leader: Request, request: Request) -> int:
-        """Position before which a running prompt computes, or has computed, pages that a waiting one needs; 0: none."""
-        if leader.priority > request.priority or self._now - leader.last_chunk_time >= STANDSTILL_SECONDS:
-            return 0
-        assert leader.grant is not None and leader.grant.tip is not None
-        assert leader.keys is not None and request.keys is not None
-        page_tokens = self._kv.layout.page_tokens
-        num_pages = num_shared_pages(leader.keys, request.keys, leader.grant.tip.depth)
-        return min(num_pages, (request.num_tokens - 1) // page_tokens) * page_tokens
-
-    def _seconds_gained(self, leader: Request, position: int, request: Request) -> float:
-        """How much sooner a waiting prompt is computed if it waits for the leader to get to a position.
-
-        Both would be computed side by side otherwise: where the leader is served no later, its work comes on top of the
-        request's own; a long leader takes its share alone.
-        """
-        own = self._plan_for(request).est_seconds
-        end = self._ends.get(leader.request_id, leader.num_computed_tokens)
-        left = self._costs.prefill_seconds(end, position)
-        if leader.service <= request.service:
-            beside, behind = own + left, left
-        elif left:
-            share = max(self._config.long_prefill_share, LEAST_PREFILL_SHARE)
-            beside, behind = own / (1.0 - self._config.long_prefill_share), left / share
-        else:
-            beside, behind = own, 0.0
-        if left and self._kv.snapshots.num_places:
-            behind += self._resume_costs.load_seconds(self._kv.layout.bytes_per_snapshot)
-        else:
-            behind += self._costs.replay_seconds(position)
-        behind += self._budget.predicted_seconds + self._costs.prefill_seconds(position, request.num_tokens)
-        return beside - behind
+        return self._leaders.park(request, self._plan_for(request))
 
     def _plan_for(self, request: Request) -> ResumePlan:
         """The way into a waiting request as memory stands."""
@@ -372,8 +319,7 @@ class StepBuilder:
         request.start(self._now)
         self._running[request.request_id] = request
         self._num_begun[request.priority] += 1
-        if request.keys is not None:
-            self._leaders.append(request)
+        self._leaders.add(request)
         self.new.append(
             NewRequest(
                 request_id=request.request_id,
@@ -389,7 +335,7 @@ class StepBuilder:
     def _miss_of(self, request: Request, plan: ResumePlan) -> MissReason | None:
         if request.prompt_logprobs is not None:
             return "prompt_logprobs"
-        return "in_flight" if request.request_id in self._overlapping else plan.miss
+        return "in_flight" if self._leaders.overlaps(request) else plan.miss
 
     def _load_seconds(self, plan: ResumePlan) -> float:
         """Of the copies from host memory that a way in takes."""
@@ -447,7 +393,7 @@ class StepBuilder:
             self._gives_first_tokens |= request.service is ServiceClass.INTERACTIVE
         request.last_step_id = self._step_id
         request.last_chunk_time = self._now
-        self._ends[request.request_id] = end
+        self._leaders.computes(request, end)
         self.rows.append(
             ScheduledTokens(
                 request_id=request.request_id,

@@ -74,6 +74,13 @@ def test_the_class_of_a_prompt_and_the_length_of_a_step() -> None:
     for pressed, long in ((False, 0.06), (True, 0.2)):
         assert step_seconds([LONG], pressed, CONFIG) == long
         assert step_seconds([LONG, SHORT], pressed, CONFIG) == 0.04
+    # A lengthened step keeps the goal even if it takes longer than predicted, and is no shorter than the usual one.
+    assert step_seconds([LONG], True, CONFIG, spread=0.1) == pytest.approx(0.2 / 1.3)
+    assert (
+        step_seconds([LONG], True, CONFIG, spread=1.0) == 0.06
+        and step_seconds([SHORT], True, CONFIG, spread=1.0) == 0.04
+    )
+    assert step_seconds([], True, CONFIG, alone=True, spread=1.0) == pytest.approx(0.18)
     assert is_pressed(0.4, SHORT, CONFIG) and not is_pressed(0.6, SHORT, CONFIG) and is_pressed(0.6, LONG, CONFIG)
     assert prefill_seconds(0.06, 0.02) == pytest.approx(0.04)
     assert prefill_seconds(0.06, 0.5) == pytest.approx(0.006)
