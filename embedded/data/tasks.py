@@ -1,0 +1,43 @@
+"""All tasks by name, and the one way to make an example of one.
+
+Training takes seeds below FIRST_EVALUATION_SEED, evaluations from there on: the two never meet.
+"""
+
+import random
+from collections.abc import Callable, Mapping
+
+from embedded.data import arithmetic, recall
+from embedded.data.example import Example
+
+FIRST_EVALUATION_SEED = 1 << 31
+
+Task = Callable[[random.Random, int | None], Example]
+
+TASKS: Mapping[str, Task] = {
+    "recall_list": recall.recall_list,
+    "recall_list_turns": recall.recall_list_turns,
+    "recall_haystack": recall.recall_haystack,
+    "recall_haystack_turns": recall.recall_haystack_turns,
+    "unknown": recall.unknown,
+    "arithmetic": arithmetic.arithmetic,
+    "arithmetic_direct": arithmetic.arithmetic_direct,
+}
+
+LONG_TASKS = ("recall_list", "recall_list_turns", "recall_haystack", "recall_haystack_turns", "unknown")
+"""Tasks that follow `num_tokens`."""
+
+
+def make(task: str, seed: int, index: int, *, num_tokens: int | None = None) -> Example:
+    """Example `index` of a task, the same on every machine.
+
+    `num_tokens` is about how long the messages are in tokens of the embedded tokenizer (96 .. 131072), for LONG_TASKS;
+    the effort text of a thinking request comes on top. Raises KeyError for a task that is none and ValueError for a
+    length out of range.
+    """
+    return TASKS[task](random.Random(f"{task}:{seed}:{index}"), num_tokens)
+
+
+def check_training_seed(seed: int) -> None:
+    """Raises ValueError for a seed that belongs to evaluations."""
+    if not 0 <= seed < FIRST_EVALUATION_SEED:
+        raise ValueError(f"a training seed is in [0, {FIRST_EVALUATION_SEED}); found {seed}")
