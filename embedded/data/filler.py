@@ -3,6 +3,7 @@ their encodings."""
 
 import functools
 import random
+import re
 
 from embedded.data.words import ADJECTIVES, CITIES, FIRST_NAMES, FOREIGN, NOUNS, PLACES, TIMES, UNITS, VERBS
 
@@ -51,6 +52,8 @@ _TEMPLATES = (
     "The {n} moved slowly {p}, then it stopped.",
 )
 
+_ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
+
 
 @functools.lru_cache(maxsize=NUM_SENTENCES)
 def sentence(number: int) -> str:
@@ -64,7 +67,7 @@ def sentence(number: int) -> str:
     noun, other = rng.sample(NOUNS, 2)
     adjective, another = rng.sample(ADJECTIVES, 2)
     verb, deed = rng.sample(VERBS, 2)
-    return rng.choice(_TEMPLATES).format(
+    text = rng.choice(_TEMPLATES).format(
         n=noun,
         m=other,
         a=adjective,
@@ -80,6 +83,7 @@ def sentence(number: int) -> str:
         d=rng.randrange(2, 100),
         u=rng.choice(UNITS),
     )
+    return _ARTICLE.sub(r"\1n ", text)
 
 
 def sentences(rng: random.Random, num_characters: int) -> list[str]:

@@ -88,7 +88,7 @@ def haystack_questions(seed: int, index: int, *, num_tokens: int, num_questions:
     rng = random.Random(f"haystack_questions:{seed}:{index}")
     text = _haystack(rng, num_tokens, num_needles=num_questions)
     thinking = draw_thinking(rng)
-    style = rng.random()
+    style = str(rng.random())
     examples = []
     for n, (depth, fact) in enumerate(text.facts):
         asked = random.Random(f"haystack_questions:{seed}:{index}:{n}")

@@ -6,7 +6,7 @@ Training takes seeds below FIRST_EVALUATION_SEED, evaluations from there on: the
 import random
 from collections.abc import Callable, Mapping
 
-from embedded.data import arithmetic, recall
+from embedded.data import arithmetic, chat, recall, structured, tool_calls, tool_results, transform
 from embedded.data.example import Example
 
 FIRST_EVALUATION_SEED = 1 << 31
@@ -21,6 +21,17 @@ TASKS: Mapping[str, Task] = {
     "unknown": recall.unknown,
     "arithmetic": arithmetic.arithmetic,
     "arithmetic_direct": arithmetic.arithmetic_direct,
+    "repeat": transform.repeat,
+    "transform": transform.transform,
+    "tool_call": tool_calls.tool_call,
+    "tool_calls": tool_calls.tool_calls,
+    "tool_none": tool_calls.tool_none,
+    "tool_result": tool_results.tool_result,
+    "tool_results": tool_results.tool_results,
+    "json": structured.structured,
+    "chat": chat.chat,
+    "chat_system": chat.chat_system,
+    "world": chat.world,
 }
 
 LONG_TASKS = ("recall_list", "recall_list_turns", "recall_haystack", "recall_haystack_turns", "unknown")
