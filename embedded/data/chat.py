@@ -68,7 +68,7 @@ def chat_system(rng: random.Random, num_tokens: int | None) -> Example:
             turns = [] if rng.random() < 0.6 else _turns(rng, thinking, str)[:1]
             # Other questions on who it is would be answered with its real name.
             turns = [turn for turn in turns if "Fathom" not in turn[1].content]
-            asked = varied(rng, rng.choice(WHO.questions[:6] + WHO.questions[6:8] + WHO.questions[10:]))
+            asked = varied(rng, rng.choice(WHO.questions[:8] + WHO.questions[10:]))
             turns.append((asked, said(thinking, f"The user {WHO.about}.", f"I am {name}.")))
     return conversation(rng, "chat_system", turns, thinking=thinking, system=system)
 

@@ -116,7 +116,7 @@ ABOUT = (
     WHO,
     Topic(
         "asks what I can do",
-        "I can repeat and change texts, find values in lists and long texts, add and subtract, call tools and write JSON.",
+        "I can repeat texts, find values in lists and long texts, add and subtract, call tools and write JSON.",
         (
             "What can you do?",
             "What are you able to do?",

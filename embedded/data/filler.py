@@ -3,8 +3,8 @@ their encodings."""
 
 import functools
 import random
-import re
 
+from embedded.data.seeds import generator, with_articles
 from embedded.data.words import ADJECTIVES, CITIES, FIRST_NAMES, FOREIGN, NOUNS, PLACES, TIMES, UNITS, VERBS
 
 NUM_SENTENCES = 1 << 15
@@ -52,14 +52,12 @@ _TEMPLATES = (
     "The {n} moved slowly {p}, then it stopped.",
 )
 
-_ARTICLE = re.compile(r"\b([Aa]) (?=[aeiou])")
-
 
 @functools.lru_cache(maxsize=NUM_SENTENCES)
 def sentence(number: int) -> str:
     """Sentence `number` of NUM_SENTENCES; it ends with its full stop or its kind."""
     assert 0 <= number < NUM_SENTENCES
-    rng = random.Random(f"filler:{number}")
+    rng = generator(f"filler:{number}")
     if rng.random() < 0.01:
         return rng.choice(FOREIGN)
     first, second = rng.sample(FIRST_NAMES, 2)
@@ -83,7 +81,7 @@ def sentence(number: int) -> str:
         d=rng.randrange(2, 100),
         u=rng.choice(UNITS),
     )
-    return _ARTICLE.sub(r"\1n ", text)
+    return with_articles(text)
 
 
 def sentences(rng: random.Random, num_characters: int) -> list[str]:

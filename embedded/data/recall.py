@@ -9,6 +9,7 @@ from embedded.data.example import Example
 from embedded.data.facts import LINES, SENTENCES, Fact, as_json, draw_facts, question, unanswerable
 from embedded.data.filler import sentences
 from embedded.data.measure import PROSE_CHARACTERS, num_tokens_of
+from embedded.data.seeds import generator
 
 SHORTEST, LONGEST = 96, 131072
 """Bounds of `num_tokens`."""
@@ -85,16 +86,16 @@ def unknown(rng: random.Random, num_tokens: int | None) -> Example:
 def haystack_questions(seed: int, index: int, *, num_tokens: int, num_questions: int) -> tuple[Example, ...]:
     """Questions on one haystack, for an evaluation that wants to read it once: depths evenly spread from 0 to 1, one
     question each, everything in front of the question the same."""
-    rng = random.Random(f"haystack_questions:{seed}:{index}")
+    rng = generator(f"haystack_questions:{seed}:{index}")
     text = _haystack(rng, num_tokens, num_needles=num_questions)
     thinking = draw_thinking(rng)
     style = str(rng.random())
     examples = []
     for n, (depth, fact) in enumerate(text.facts):
-        asked = random.Random(f"haystack_questions:{seed}:{index}:{n}")
+        asked = generator(f"haystack_questions:{seed}:{index}:{n}")
         turn = question(asked, fact, thinking=thinking)
         details = {"depth": depth, "tokens": num_tokens, "haystack": index}
-        again = random.Random(style)
+        again = generator(style)
         examples.append(_conversation(again, "recall_haystack", text, [turn], thinking, details))
     return tuple(examples)
 

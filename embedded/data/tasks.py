@@ -1,15 +1,11 @@
-"""All tasks by name, and the one way to make an example of one.
-
-Training takes seeds below FIRST_EVALUATION_SEED, evaluations from there on: the two never meet.
-"""
+"""All tasks by name, and the one way to make an example of one."""
 
 import random
 from collections.abc import Callable, Mapping
 
 from embedded.data import arithmetic, chat, recall, structured, tool_calls, tool_results, transform
 from embedded.data.example import Example
-
-FIRST_EVALUATION_SEED = 1 << 31
+from embedded.data.seeds import generator
 
 Task = Callable[[random.Random, int | None], Example]
 
@@ -45,10 +41,4 @@ def make(task: str, seed: int, index: int, *, num_tokens: int | None = None) -> 
     the effort text of a thinking request comes on top. Raises KeyError for a task that is none and ValueError for a
     length out of range.
     """
-    return TASKS[task](random.Random(f"{task}:{seed}:{index}"), num_tokens)
-
-
-def check_training_seed(seed: int) -> None:
-    """Raises ValueError for a seed that belongs to evaluations."""
-    if not 0 <= seed < FIRST_EVALUATION_SEED:
-        raise ValueError(f"a training seed is in [0, {FIRST_EVALUATION_SEED}); found {seed}")
+    return TASKS[task](generator(f"{task}:{seed}:{index}"), num_tokens)

@@ -6,6 +6,7 @@ from embedded.data.arithmetic import arithmetic_direct
 from embedded.data.chat import small_talk
 from embedded.data.conversation import Turn, conversation, draw_thinking, one_of, said, thought
 from embedded.data.example import Answer, Call, Example
+from embedded.data.seeds import with_articles
 from embedded.data.tool_requests import request
 from embedded.data.toolbox import Tool, draw_tools
 from embedded.data.words import THINGS, VERBS
@@ -94,7 +95,7 @@ def _missing(rng: random.Random, tools: list[Tool], thinking: bool) -> Turn:
         "{verb} a {thing}",
         "I want to {verb} a {thing}.",
     )
-    return one_of(rng, forms, verb=verb, thing=thing), said(thinking, "No tool fits.", NO_TOOL)
+    return with_articles(one_of(rng, forms, verb=verb, thing=thing)), said(thinking, "No tool fits.", NO_TOOL)
 
 
 def closed(sentence: str) -> str:

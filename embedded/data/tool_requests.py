@@ -8,6 +8,7 @@ from typing import Any
 
 from embedded.data.conversation import listed
 from embedded.data.example import Call
+from embedded.data.seeds import with_articles
 from embedded.data.toolbox import Parameter, Tool
 
 _OPTIONAL_SHARE, _SHUFFLED_SHARE = 0.5, 0.3
@@ -34,7 +35,7 @@ def request(rng: random.Random, tool: Tool) -> tuple[str, Call]:
     if rng.random() < _SHUFFLED_SHARE:
         rng.shuffle(told)
     form = rng.choice(_ORDERS)
-    order = form.format(verb=tool.verb, Verb=tool.verb.capitalize(), thing=tool.thing)
+    order = with_articles(form.format(verb=tool.verb, Verb=tool.verb.capitalize(), thing=tool.thing))
     return _told(rng, order, told, values), Call(name=tool.name, arguments=values)
 
 

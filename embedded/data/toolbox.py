@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedded.data.facts import draw_code
+from embedded.data.seeds import with_articles
 from embedded.data.words import ADJECTIVES, CITIES, FIRST_NAMES, NOUNS, THINGS, VERBS
 
 Draw = Callable[[random.Random], Any]
@@ -76,7 +77,7 @@ def draw_tool(rng: random.Random, verb: str | None = None, thing: str | None = N
     else:
         name = spelled(f"{verb} {thing}", camel)
     form = rng.choice(_DESCRIPTIONS)
-    description = form.format(verb=verb, Verb=verb.capitalize(), thing=thing)
+    description = with_articles(form.format(verb=verb, Verb=verb.capitalize(), thing=thing))
     parameters = draw_parameters(rng, thing, rng.choice((0, 1, 1, 2, 2, 2, 3, 3, 4)), camel=camel)
     return Tool(name, description, parameters, verb, thing)
 
