@@ -161,6 +161,14 @@ class Client:
             raise ClientError(f"/metrics of {self.url} has no {name}")
         return float(found[1])
 
+    @property
+    def cache_dtype(self) -> str:
+        """How the server stores KV rows."""
+        found = re.search(r'cache_config_info{[^}]*cache_dtype="([^"]+)"', self._send("GET", "/metrics").decode())
+        if found is None:
+            raise ClientError(f"/metrics of {self.url} does not tell how rows are stored")
+        return found[1]
+
     def _send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> bytes:
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=_CONNECT_SECONDS)

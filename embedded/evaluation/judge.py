@@ -48,8 +48,12 @@ def judge_json(example: Example, reply: Reply) -> str | None:
 
 
 def same_json(one: Any, other: Any) -> bool:
-    """Equal values, where 1 is not True; objects in any order."""
-    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+    """Equal JSON values: members of objects in any order, 1 equal to 1.0 and not to true."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_json(one[name], other[name]) for name in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same_json, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
 
 
 def has_type(value: Any, schema: Mapping[str, Any]) -> bool:

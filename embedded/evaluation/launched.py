@@ -24,7 +24,7 @@ def launched(model_dir: Path, *flags: str) -> Iterator[Client]:
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         # The working directory makes the packages importable where Fathom is not installed.
-        process = subprocess.Popen(
+        process = subprocess.Popen(  # noqa: S603 - this program again
             [sys.executable, "-m", "server", "serve", str(model_dir.resolve()), "--port", "0", *flags],
             cwd=_ROOT,
             stdout=subprocess.PIPE,
