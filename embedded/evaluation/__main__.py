@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=EPSILON,
         metavar="X",
-        help="answers may part where the two likeliest tokens are so near, nats; more for bfloat16 (default: %(default)s)",
+        help="nats between the two likeliest tokens where answers may part; more for bfloat16 (default: %(default)s)",
     )
     return parser
 
