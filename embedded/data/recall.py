@@ -6,18 +6,17 @@ from dataclasses import dataclass
 
 from embedded.data.conversation import Turn, conversation, draw_thinking
 from embedded.data.example import Example
-from embedded.data.facts import LINES, SENTENCES, Fact, as_json, draw_facts, question, unanswerable
+from embedded.data.facts import LINES, SENTENCES, Fact, as_json, draw_facts, json_entry, question, unanswerable
 from embedded.data.filler import sentences
-from embedded.data.measure import PROSE_CHARACTERS, num_tokens_of
+from embedded.data.measure import num_tokens_of
 from embedded.data.seeds import generator
 
 SHORTEST, LONGEST = 96, 131072
 """Bounds of `num_tokens`."""
 _DEFAULT_TOKENS = (128, 600)
-_LINE_CHARACTERS = 2.8
-"""For each token, of lists: names are rarer than prose."""
-_FRAME_TOKENS = 32
-"""The template, the question and what introduces the text."""
+_FRAME_TOKENS, _TURN_TOKENS = 32, 27
+"""The template, the question and what introduces the text; a turn more."""
+_LEAST_TOKENS = 48
 _MOST_TURNS = 8
 _IN_SYSTEM_SHARE = 0.1
 _PARAGRAPH = 8
@@ -59,7 +58,8 @@ def recall_list(rng: random.Random, num_tokens: int | None) -> Example:
 
 def recall_list_turns(rng: random.Random, num_tokens: int | None) -> Example:
     """Several questions on a list, one after the other."""
-    return _asked(rng, "recall_list_turns", _list(rng, num_tokens), rng.randint(2, _MOST_TURNS), num_tokens)
+    num_turns = rng.randint(2, _MOST_TURNS)
+    return _asked(rng, "recall_list_turns", _list(rng, num_tokens, num_turns), num_turns, num_tokens)
 
 
 def recall_haystack(rng: random.Random, num_tokens: int | None) -> Example:
@@ -69,7 +69,8 @@ def recall_haystack(rng: random.Random, num_tokens: int | None) -> Example:
 
 def recall_haystack_turns(rng: random.Random, num_tokens: int | None) -> Example:
     """Several questions on prose with facts in it."""
-    return _asked(rng, "recall_haystack_turns", _haystack(rng, num_tokens), rng.randint(2, _MOST_TURNS), num_tokens)
+    num_turns = rng.randint(2, _MOST_TURNS)
+    return _asked(rng, "recall_haystack_turns", _haystack(rng, num_tokens, num_turns), num_turns, num_tokens)
 
 
 def unknown(rng: random.Random, num_tokens: int | None) -> Example:
@@ -120,16 +121,16 @@ def _conversation(
     return conversation(rng, task, [(opening, answer), *turns[1:]], thinking=thinking, details=details)
 
 
-def _room(rng: random.Random, num_tokens: int | None) -> int:
+def _room(rng: random.Random, num_tokens: int | None, num_turns: int) -> int:
     """Tokens for the text."""
     wanted = rng.randint(*_DEFAULT_TOKENS) if num_tokens is None else num_tokens
     if not SHORTEST <= wanted <= LONGEST:
         raise ValueError(f"num_tokens must be from {SHORTEST} to {LONGEST}; found {num_tokens}")
-    return wanted - _FRAME_TOKENS
+    return max(_LEAST_TOKENS, wanted - _FRAME_TOKENS - (num_turns - 1) * _TURN_TOKENS)
 
 
-def _list(rng: random.Random, num_tokens: int | None) -> Text:
-    room = _room(rng, num_tokens)
+def _list(rng: random.Random, num_tokens: int | None, num_turns: int = 1) -> Text:
+    room = _room(rng, num_tokens, num_turns)
     form = rng.choice((*LINES, "json", "json"))
     indented = rng.random() < 0.5
     numbered = form in LINES[2:4] and rng.random() < 0.2
@@ -137,11 +138,13 @@ def _list(rng: random.Random, num_tokens: int | None) -> Text:
     facts, absent = draw_facts(rng, max(4, room // 6), absent=1)
     lines, used = [], 0.0
     for n, fact in enumerate(facts):
-        line = fact.stated('  "{key}": "{value}",' if form == "json" else form)
+        line = json_entry(fact) if form == "json" else fact.stated(form)
         line = f"{n + 1}. {line}" if numbered else line
-        used += num_tokens_of(line, _LINE_CHARACTERS) + 1
-        if used > room and n >= 2:
+        # An object's indent is a token; in one line its entries have no newline.
+        tokens = num_tokens_of(line if form == "json" and not indented else f"{line}\n") + (form == "json" and indented)
+        if used + tokens / 2 > room and n >= 2:
             break
+        used += tokens
         lines.append(line)
     facts = facts[: len(lines)]
     body = as_json(facts, indented) if form == "json" else "\n".join(lines)
@@ -153,17 +156,17 @@ def _list(rng: random.Random, num_tokens: int | None) -> Text:
     return Text(introduction + body, placed, absent)
 
 
-def _haystack(rng: random.Random, num_tokens: int | None, num_needles: int | None = None) -> Text:
-    room = _room(rng, num_tokens)
-    most = max(1, min(24, room // 48))
-    facts, absent = draw_facts(rng, num_needles or rng.randint(1, most), absent=1)
+def _haystack(rng: random.Random, num_tokens: int | None, num_turns: int = 1, num_needles: int | None = None) -> Text:
+    room = _room(rng, num_tokens, num_turns)
+    most = max(num_turns, min(24, room // 48))
+    facts, absent = draw_facts(rng, num_needles or rng.randint(num_turns, most), absent=1)
     one_form = rng.random() < 0.5
     form = rng.choice(SENTENCES)
     needles = [fact.stated(form if one_form else rng.choice(SENTENCES)) for fact in facts]
     needles = [needle[0].upper() + needle[1:] for needle in needles]
     introduction = "" if rng.random() < 0.15 else rng.choice(_TEXT_INTRODUCTIONS) + "\n"
     left = room - sum(num_tokens_of(needle) for needle in needles)
-    hay = sentences(rng, int(max(0, left) * PROSE_CHARACTERS))
+    hay = sentences(rng, left)
     if num_needles is None:
         depths = sorted(rng.random() for _ in facts)
     else:
