@@ -1,4 +1,4 @@
-"""What the model reads of a chat request: which tools, formats and choices its prompt shows. Pure, and without a server."""
+"""What the model reads of a chat request: the tools, formats and choices that its prompt shows. Needs no server."""
 
 from typing import Any
 

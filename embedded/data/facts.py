@@ -36,7 +36,7 @@ LINES = (
     "| {key} | {value} |",
     "The {attribute} of {key} is {value}.",
     "{key} has {attribute} {value}.",
-    "{attribute} of {key}: {value}",
+    "the {attribute} of {key}: {value}",
 )
 _BARE_QUESTIONS = (
     "What is the {attribute} of {key}?",
@@ -77,8 +77,16 @@ def draw_facts(rng: random.Random, count: int, absent: int = 0) -> tuple[list[Fa
 
 def as_json(facts: Sequence[Fact], indented: bool) -> str:
     """An object of all of them. Numbers that a JSON number would write in the same way are numbers."""
-    items = {f.key: int(f.value) if f.value.isdigit() and f.value[0] != "0" else f.value for f in facts}
-    return json.dumps(items, indent=2 if indented else None)
+    return json.dumps({fact.key: _json_value(fact) for fact in facts}, indent=2 if indented else None)
+
+
+def json_entry(fact: Fact) -> str:
+    """As it stands in the object."""
+    return f"{json.dumps(fact.key)}: {json.dumps(_json_value(fact))},"
+
+
+def _json_value(fact: Fact) -> int | str:
+    return int(fact.value) if fact.value.isdigit() and fact.value[0] != "0" else fact.value
 
 
 def question(rng: random.Random, fact: Fact, *, thinking: bool) -> tuple[str, Answer]:

@@ -1,9 +1,9 @@
-"""Prose that means little: the hay around needles. Sentences come from one numbered pool, so that readers may keep
-their encodings."""
+"""Prose that means little: the hay around needles. Sentences come from one numbered pool, and each is made once."""
 
 import functools
 import random
 
+from embedded.data.measure import num_tokens_of
 from embedded.data.seeds import generator, with_articles
 from embedded.data.words import ADJECTIVES, CITIES, FIRST_NAMES, FOREIGN, NOUNS, PLACES, TIMES, UNITS, VERBS
 
@@ -84,13 +84,20 @@ def sentence(number: int) -> str:
     return with_articles(text)
 
 
-def sentences(rng: random.Random, num_characters: int) -> list[str]:
-    """Sentences that, joined by spaces, are as close to so many characters as whole sentences come from below."""
+@functools.lru_cache(maxsize=NUM_SENTENCES)
+def sentence_tokens(number: int) -> float:
+    """About how many tokens a sentence has."""
+    return num_tokens_of(sentence(number))
+
+
+def sentences(rng: random.Random, num_tokens: float) -> list[str]:
+    """Sentences of about so many tokens in all: the last one is taken if more than half of it fits."""
     chosen: list[str] = []
-    room = num_characters
+    room = num_tokens
     while True:
-        text = sentence(int(rng.random() * NUM_SENTENCES))
-        room -= len(text) + 1
-        if room < 0:
+        number = int(rng.random() * NUM_SENTENCES)
+        tokens = sentence_tokens(number)
+        if room < tokens / 2:
             return chosen
-        chosen.append(text)
+        room -= tokens
+        chosen.append(sentence(number))

@@ -8,7 +8,6 @@ from embedded.data.conversation import conversation, draw_thinking, one_of, said
 from embedded.data.example import Example
 from embedded.data.facts import draw_code, draw_name
 from embedded.data.filler import NUM_SENTENCES, sentence, sentences
-from embedded.data.measure import PROSE_CHARACTERS
 from embedded.data.words import ADJECTIVES, CITIES, FIRST_NAMES, NOUNS, VERBS
 
 _MOST_TOKENS = 512
@@ -60,7 +59,7 @@ _CHANGES: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
 def repeat(rng: random.Random, num_tokens: int | None) -> Example:
     """A text or a list word for word."""
     if num_tokens is not None:
-        text = " ".join(sentences(rng, int(min(num_tokens, _MOST_TOKENS) * PROSE_CHARACTERS))) or "Yes."
+        text = " ".join(sentences(rng, min(num_tokens, _MOST_TOKENS))) or "Yes."
     elif rng.random() < 0.3:
         text = "\n".join(f"- {item}" for item in _items(rng, rng.randint(2, 8)))
     else:

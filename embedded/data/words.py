@@ -147,3 +147,17 @@ FOREIGN = (
     "Señor Núñez vive en Málaga.",
 )
 """A little of what is not ASCII, so that no byte is foreign to the model."""
+
+COMMON = _words("""
+    A a about above across after After again all and As as asked at back before behind belongs beside bought bridge
+    but by came cannot cellar children code costs day days dollars door during Each early end euros evening every
+    Every first for found Friday from garden grams had harbor has hill hours house in In is It it keep key kilograms
+    kilometers kitchen knew label Last last late lay letter library likes liters lived long looked lost lunch mark
+    market meeting meters midnight mill mind minutes Monday month more morning Most moved near needs never next night
+    Nobody noon north Note number of old on once Once other others pages password people played Please reach Remember
+    river road said saw say says side since slowly small sold Some spring station stays steps stood stopped street
+    summer sunrise table than that The the then There They things this time to token told took tree two under value
+    village walked wanted was way We week weeks were When whether window winter with Without works wrote year years
+    yesterday you
+""")  # fmt: skip
+"""What sentences and lists are made with: words so frequent that each is one token."""
