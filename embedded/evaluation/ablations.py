@@ -9,9 +9,9 @@ The same weights with one operation replaced, in this process; production code h
 Measured on recall from long texts, teacher forced: a greedy answer is the expected one exactly if every expected token
 is the likeliest behind those before it. Ten questions share a text, which is computed once.
 
-What counts as visible: with 40 questions and a whole model that answers nearly all of them, a share moves by some 4
-points by chance (standard deviation sqrt(.95 * .05 / 40)), and by nothing between two runs. A loss of a tenth of the right answers is
-beyond that. Random selection must lose half: it keeps the needle's entries in a few per cent of the steps only.
+What counts as visible: with 40 questions and a model that answers nearly all of them, a share moves by some 4 points by
+chance (standard deviation sqrt(.95 * .05 / 40)), and by nothing between two runs. A loss of a tenth of the right
+answers is beyond that. Random selection must lose half: it keeps the needle's entries in a few steps only.
 """
 
 import argparse

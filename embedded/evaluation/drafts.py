@@ -91,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shares.append(found.share)
         print(f"{task:24} {found.num_drafts:8} {found.num_accepted:9} {found.share:7.1%}", flush=True)
     mean = sum(shares) / len(shares)
-    print(f"{'mean of the tasks':24} {'':8} {'':9} {mean:7.1%}  target {TARGET:.0%}: {'pass' if mean >= TARGET else 'FAIL'}")
+    verdict = "pass" if mean >= TARGET else "FAIL"
+    print(f"{'mean of the tasks':24} {'':8} {'':9} {mean:7.1%}  target {TARGET:.0%}: {verdict}")
     return 0 if mean >= TARGET else 1
 
 

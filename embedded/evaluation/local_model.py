@@ -78,7 +78,7 @@ class Request:
     def logits(self, tokens: Sequence[int], rows: int) -> Tensor:
         """fp32 logits [L, V] behind the last `rows` of the next tokens."""
         first = len(tokens) - rows
-        assert 0 <= first
+        assert first >= 0
         parts, done = [], 0
         for batch in self._chunks(tokens):
             length = batch.token_ids_T.shape[0]
