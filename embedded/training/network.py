@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from embedded.training.attention import attend
+from embedded.training.attention import RowAttention
+from embedded.training.pieces import Pieces
 from embedded.training.rows import Rows
 from embedded.training.weights import Weights
 from model.config import ModelConfig
@@ -23,10 +24,11 @@ from model.layer import Layer
 from model.linear import Linear
 from model.moe import MoE
 from model.mtp import MTPBlock
-from model.ops.reference.activation import sigmoid, softplus, swiglu
-from model.ops.reference.hyper import sinkhorn
+from model.norm import RMSNorm
+from model.ops.reference.activation import swiglu
 from model.ops.reference.norm import rms_norm
 from model.quant import OFFICIAL, WeightFormat
+from model.rope import Rotation
 from model.transformer import Transformer
 
 LOSS_TOKENS = 8192
@@ -50,8 +52,11 @@ class Losses:
 class Network(nn.Module):
     """Owns the parameters (fp32). Expert biases are not learnt by gradient: `balance` moves them."""
 
-    def __init__(self, config: ModelConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: ModelConfig, device: torch.device | str = "cpu", *, pieces: Pieces | None = None
+    ) -> None:
         super().__init__()
+        self.pieces = pieces or Pieces()
         plain = WeightFormat(dense="float32", experts="float32", scale=None)
         self.config = config
         self.sparse = False
@@ -61,6 +66,7 @@ class Network(nn.Module):
         official = Transformer(config, weights=OFFICIAL, dtype=torch.bfloat16, with_mtp=True, device="meta")
         fp8 = {name for name, m in official.named_modules() if isinstance(m, Linear) and m.quantized}
         self.weights = Weights(self.model, frozenset(fp8))
+        self._attention = RowAttention(self.weights, self.pieces)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(parameter.is_floating_point() and not name.endswith("gate.bias"))
 
@@ -94,7 +100,7 @@ class Network(nn.Module):
 
     def hidden(self, x_BSMD: Tensor) -> Tensor:
         """What the head reads, [B, S, D]."""
-        return self._collapsed(self.model, x_BSMD, self.model.norm.weight)
+        return self._collapsed(self.model, x_BSMD, self.model.norm)
 
     def draft_streams(self, x_BSMD: Tensor, rows: Rows) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The MTP block's streams: row i knows the tokens up to i + 1."""
@@ -117,7 +123,7 @@ class Network(nn.Module):
         layers = [m for m in (*self.model.layers, self._mtp) if isinstance(m, Layer) and not m.ffn.gate.hashed]
         with torch.no_grad():
             for layer, load in zip(layers, loads, strict=True):
-                layer.ffn.gate.bias += step * torch.sign(load.mean() - load)
+                layer.ffn.gate.bias.add_(torch.sign(load.mean() - load), alpha=step)
 
     @property
     def _mtp(self) -> MTPBlock:
@@ -125,7 +131,7 @@ class Network(nn.Module):
         return self.model.mtp
 
     def _draft_hidden(self, drafts_BSMD: Tensor) -> Tensor:
-        return self._collapsed(self._mtp, drafts_BSMD, self._mtp.norm.weight)
+        return self._collapsed(self._mtp, drafts_BSMD, self._mtp.norm)
 
     def _block(self, layer: Layer, x_BSMD: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if torch.is_grad_enabled():
@@ -137,62 +143,42 @@ class Network(nn.Module):
 
     def _compute(self, layer: Layer, x_BSMD: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(streams, divergence, its weight, load of the experts)."""
-        eps = self.config.rms_norm_eps
-        a_BSD, post, comb = self._pre(layer, "attn", x_BSMD)
-        attended = attend(
-            layer.attn,
-            rms_norm(a_BSD, layer.attn_norm.weight, eps),
-            rows,
-            self.model.rope,
-            self.weights,
-            sparse=self.sparse,
-        )
-        x_BSMD = _post(attended.y_BSD, x_BSMD, post, comb)
-        a_BSD, post, comb = self._pre(layer, "ffn", x_BSMD)
-        y_BSD, load = self._moe(layer.ffn, rms_norm(a_BSD, layer.ffn_norm.weight, eps), rows)
-        return _post(y_BSD, x_BSMD, post, comb), attended.divergence, attended.weight, load
+        a_BSD, post, comb = self._pre(layer, "attn", x_BSMD, layer.attn_norm)
+        rotation = self._rotation(rows, compressed=layer.attn.kind != "window")
+        attended = self._attention(layer.attn, a_BSD, rows, rotation, sparse=self.sparse)
+        x_BSMD = self.pieces.post(attended.y_BSD, x_BSMD, post, comb)
+        a_BSD, post, comb = self._pre(layer, "ffn", x_BSMD, layer.ffn_norm)
+        y_BSD, load_E = self._moe(layer.ffn, a_BSD, rows)
+        return self.pieces.post(y_BSD, x_BSMD, post, comb), attended.divergence, attended.weight, load_E
 
-    def _pre(self, sites: HyperSites, site: str, x_BSMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        m = self.config.hc_mult
-        mix = self._mixes(sites, site, x_BSMD, (m, m, m * m))
-        pre, post = sigmoid(mix[..., :m]) + self.config.hc_eps, 2 * sigmoid(mix[..., m : 2 * m])
-        logits = mix[..., 2 * m :].unflatten(-1, (m, m)).flatten(0, 1)
-        comb = sinkhorn(logits, self.config.hc_sinkhorn_iters, self.config.hc_eps).unflatten(0, mix.shape[:2])
-        return (pre.unsqueeze(-1) * x_BSMD).sum(2), post, comb
+    def _rotation(self, rows: Rows, *, compressed: bool) -> Rotation:
+        cos, sin = self.model.rope.rotation(rows.positions_BS.flatten(), compressed=compressed)
+        return cos.unflatten(0, rows.ids_BS.shape), sin.unflatten(0, rows.ids_BS.shape)
 
-    def _collapsed(self, sites: HyperSites, x_BSMD: Tensor, norm: Tensor) -> Tensor:
-        mix = self._mixes(sites, "head", x_BSMD, (self.config.hc_mult,))
-        weights = sigmoid(mix) + self.config.hc_eps
-        return rms_norm((weights.unsqueeze(-1) * x_BSMD).sum(2), norm, self.config.rms_norm_eps)
+    def _pre(self, sites: HyperSites, site: str, x_BSMD: Tensor, norm: RMSNorm) -> tuple[Tensor, Tensor, Tensor]:
+        c, m = self.config, self.config.hc_mult
+        site_parameters = self._site(sites, site, (m, m, m * m))
+        return self.pieces.pre(x_BSMD, *site_parameters, norm.weight, c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters)
 
-    def _mixes(self, sites: HyperSites, site: str, x_BSMD: Tensor, repeats: tuple[int, ...]) -> Tensor:
-        """The site's projections of the streams, normalised, scaled and shifted; fp32 [B, S, outputs]."""
+    def _collapsed(self, sites: HyperSites, x_BSMD: Tensor, norm: RMSNorm) -> Tensor:
+        c = self.config
+        site_parameters = self._site(sites, "head", (c.hc_mult,))
+        return self.pieces.collapse(x_BSMD, *site_parameters, norm.weight, c.rms_norm_eps, c.hc_eps)
+
+    def _site(self, sites: HyperSites, site: str, repeats: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """fn, base, and the scale of each output."""
         fn, base, scale = (getattr(sites, f"hc_{site}_{name}") for name in ("fn", "base", "scale"))
-        with torch.autocast(x_BSMD.device.type, enabled=False):
-            flat = x_BSMD.float().flatten(2)
-            mix = F.linear(flat, fn) * (flat.square().mean(-1, keepdim=True) + self.config.rms_norm_eps).rsqrt()
-            return mix * torch.cat([s.expand(n) for s, n in zip(scale, repeats, strict=True)]) + base
+        return fn, base, torch.cat([s.expand(n) for s, n in zip(scale, repeats, strict=True)])
 
     def _moe(self, moe: MoE, x_BSD: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Every expert computes every token and the unchosen ones count nothing: they are few and small."""
-        c, gate = self.config, moe.gate
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            scores_BSE = softplus(F.linear(x_BSD.float(), gate.weight)).sqrt()
-        if gate.hashed:
-            ids_BSA = F.embedding(rows.ids_BS, gate.tid2eid)
-        else:
-            ids_BSA = (scores_BSE.detach() + gate.bias).topk(c.num_experts_per_tok, dim=2).indices
-        chosen = torch.zeros_like(scores_BSE).scatter(2, ids_BSA, 1.0)
-        weights_BSE = scores_BSE * chosen
-        weights_BSE = weights_BSE / (weights_BSE.sum(2, keepdim=True) + 1e-20) * c.routed_scaling_factor
+        """(y [B, S, D], how much of the tokens each expert has, [E])."""
+        c, gate, shared = self.config, moe.gate, moe.shared_experts
+        ids, bias = (F.embedding(rows.ids_BS, gate.tid2eid), None) if gate.hashed else (None, gate.bias)
+        weights_BSE, chosen_BSE = self.pieces.route(x_BSD, gate.weight, ids, bias, c.num_experts_per_tok)
         w13, w2 = self.weights.experts(moe.experts)
-        gate_up = F.linear(x_BSD, w13.flatten(0, 2)).unflatten(2, (c.n_routed_experts, 2, -1))
-        h = swiglu(gate_up[..., 0, :], gate_up[..., 1, :], c.swiglu_limit)
-        h = (h.float() * weights_BSE.unsqueeze(3)).to(h.dtype).flatten(2)
-        y_BSD = F.linear(h, w2.transpose(0, 1).flatten(1))
-        shared = moe.shared_experts
+        y_BSD = self.pieces.experts(x_BSD, weights_BSE * c.routed_scaling_factor, w13, w2, c.swiglu_limit)
         inner = swiglu(self.weights.linear(shared.w1, x_BSD), self.weights.linear(shared.w3, x_BSD), c.swiglu_limit)
-        return y_BSD + self.weights.linear(shared.w2, inner), chosen.mean((0, 1))
+        return y_BSD + self.weights.linear(shared.w2, inner), chosen_BSE.mean((0, 1))
 
     def _loss(self, hidden_BSD: Tensor, targets_BS: Tensor, weights_BS: Tensor) -> tuple[Tensor, Tensor]:
         """(mean loss, share of right tokens among those that count in full)."""
@@ -209,9 +195,3 @@ class Network(nn.Module):
     def _token_losses(self, hidden_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         logits_NV = self.logits(hidden_ND)
         return F.cross_entropy(logits_NV, targets_N, reduction="none"), logits_NV.argmax(1) == targets_N
-
-
-def _post(y_BSD: Tensor, x_BSMD: Tensor, post_BSM: Tensor, comb_BSMM: Tensor) -> Tensor:
-    """Stream k becomes post_k * y plus the sum over j of comb[j, k] * stream j."""
-    mixed = torch.einsum("bsjk,bsjd->bskd", comb_BSMM.to(x_BSMD.dtype), x_BSMD)
-    return mixed + post_BSM.unsqueeze(-1).to(x_BSMD.dtype) * y_BSD.unsqueeze(2).to(x_BSMD.dtype)

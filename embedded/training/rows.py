@@ -24,12 +24,13 @@ class Rows:
     starts_BS: Tensor
     """int64: where the example of each token begins in its row."""
     positions_BS: Tensor
-    """int64: 0 at the start of an example. May jump at multiples of BLOCK: distances of a long context in a short one."""
+    """int64: 0 at the start of an example. It may jump at a multiple of BLOCK: distances of a long context in a short
+    one."""
 
     @classmethod
     def of(cls, ids_BS: Tensor, weights_BS: Tensor, starts_BS: Tensor, jumps_BN: Tensor | None = None) -> "Rows":
-        """`jumps_BN`: tokens that are left out before a block; those in front of an example's first block are ignored."""
-        rows, tokens = ids_BS.shape
+        """`jumps_BN`: tokens left out before a block; those in front of an example's first block are ignored."""
+        tokens = ids_BS.shape[1]
         assert tokens % BLOCK == 0, f"rows are made of blocks of {BLOCK} tokens"
         positions = torch.arange(tokens, device=ids_BS.device) - starts_BS
         if jumps_BN is not None:

@@ -92,7 +92,9 @@ def test_without_selection_every_entry_is_seen(network: Network, config: ModelCo
     assert (selected[0, few:] - everything[0, few:]).abs().max() > 1e-2
 
 
-def test_pieces_of_any_size_give_the_same(network: Network, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_any_size_give_the_same(
+    network: Network, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = packed([random_tokens(config, 600, 5)])
     network.sparse = True
     whole = network(rows)
@@ -109,7 +111,7 @@ def test_a_jump_moves_the_rotation_and_nothing_else(network: Network, config: Mo
     jumped = Rows.of(rows.ids_BS, rows.weights_BS, rows.starts_BS, jumps)
     moved = jumped.positions_BS - rows.positions_BS
     # What would stand before the first block of an example does not count.
-    assert moved[0, :: BLOCK].tolist() == [0, 0, 1024, 1024, 0, 0]
+    assert moved[0, ::BLOCK].tolist() == [0, 0, 1024, 1024, 0, 0]
     with torch.inference_mode():
         a, b = learnt(network, rows)[0], learnt(network, jumped)[0]
     assert torch.equal(a[0, :256], b[0, :256]) and torch.equal(a[0, 512:], b[0, 512:])
@@ -174,4 +176,6 @@ def test_targets_stay_within_an_example() -> None:
     ids, weights = rows.targets(1)
     assert ids[0, :3].tolist() == [6, 7, 8] and weights[0, 127] == 0.0 and weights[0, 0] == 1.0
     _, weights = rows.targets(2)
-    assert weights[0, 126] == weights[0, 127] == 0.0 and weights[0, 125] == 1.0 and weights[0, -1] == weights[0, -2] == 0.0
+    assert (
+        weights[0, 126] == weights[0, 127] == 0.0 and weights[0, 125] == 1.0 and weights[0, -1] == weights[0, -2] == 0.0
+    )
