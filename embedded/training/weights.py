@@ -34,7 +34,8 @@ class Weights:
         return self._rounded(experts.w13), self._rounded(experts.w2)
 
     def refresh(self) -> None:
-        """Round the weights as they stand; without rounding nothing."""
+        """Round the weights as they stand, or none of them."""
+        self._deltas.clear()
         if not self.rounding:
             return
         with torch.no_grad():
