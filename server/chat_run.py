@@ -11,7 +11,8 @@ from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
-from server.chat_request import ChatRequest, OutputFormat
+from server.chat_prompt import chat_prompt, offers_tools
+from server.chat_request import ChatRequest
 from server.compat import as_deepseek
 from server.errors import bad_request, echo
 from server.generation import GenerationEvent
@@ -21,7 +22,7 @@ from server.routes.call import check_text_length, completion_budget, estimated_t
 from server.routes.generate import Job, run
 from server.state import ServerState, Serving
 from server.text.effort import PromptError
-from server.text.prompt import Prompt, render_chat
+from server.text.prompt import Prompt
 from server.turns import Turns
 from server.validation import check_prompt_logprobs, for_answer, sampling_params, truncated
 
@@ -128,25 +129,13 @@ def render_request(serving: Serving, chat: ChatRequest, turns: Turns | None = No
     """
     truncates = chat.fields.truncate_prompt_tokens is not None
     check_text_length(serving, _contents(chat.messages), special=False, param=chat.messages_param, truncates=truncates)
-    tools, choice = _rendered_tools(chat)
-    rendered = _stated_format(chat.output_format)
     try:
-        return render_chat(
-            serving.tokenizer,
-            chat.messages,
-            thinking=chat.thinking,
-            reasoning_effort=chat.tier,
-            tools=tools,
-            tool_choice=choice,
-            response_format=rendered,
-            effort_table=serving.effort_table,
-            turns=turns,
-        )
+        return chat_prompt(serving.tokenizer, chat, effort_table=serving.effort_table, turns=turns)
     except PromptError as error:
         param = error.param
         if param.startswith("messages") and chat.messages_param != "messages":
             param = chat.messages_param
-        elif param.startswith("tool") and not tools:
+        elif param.startswith("tool") and not offers_tools(chat):
             # No tools were passed on, so what the encoder blames on them stood in a message.
             param = chat.messages_param
         raise bad_request(echo(str(error)), param=param) from None
@@ -163,51 +152,11 @@ def truncated_prompt(serving: Serving, chat: ChatRequest, prompt: Prompt) -> Pro
     return replace(prompt, token_ids=kept, turn_start=turn_start)
 
 
-def offers_tools(chat: ChatRequest) -> bool:
-    """Whether the model is told of tools, and its answer is searched for calls."""
-    return bool(chat.tools) and chat.tool_choice.mode != "none"
-
-
 def default_tokens(tier: str | None, *, thinking: bool) -> int:
     """max_tokens of a request that names none."""
     if not thinking:
         return DEFAULT_TOKENS_CHAT
     return DEFAULT_TOKENS_MAX_EFFORT if tier == "max" else DEFAULT_TOKENS_THINKING
-
-
-def _stated_format(wanted: OutputFormat | None) -> dict[str, Any] | None:
-    """The format as the prompt states it: a schema as it was sent, for the grammar keeps all of it. Strict ones would
-    lose keywords and definitions in the encoder.
-    """
-    if wanted is None or wanted.rendered is None or wanted.rendered.get("type") != "json_schema":
-        return None if wanted is None else wanted.rendered
-    return {**wanted.rendered, "json_schema": {**wanted.rendered["json_schema"], "strict": False}}
-
-
-def _rendered_tools(chat: ChatRequest) -> tuple[list[dict[str, Any]] | None, Any]:
-    """(tools, tool_choice) as the encoder takes them.
-
-    A named tool is the only one the prompt shows. A forced call without thinking opens the block in the prompt; with
-    thinking the prompt is that of a free choice, and the grammar forces the call after `</think>`.
-    """
-    if not offers_tools(chat):
-        return None, None
-    choice = chat.tool_choice
-    shown = [tool for tool in chat.tools if choice.name is None or tool.name == choice.name]
-    functions = [
-        {
-            "type": "function",
-            # The encoder takes absent parameters and refuses empty ones.
-            "function": {
-                "name": t.name,
-                "description": t.description,
-                **({"parameters": t.parameters} if t.parameters else {}),
-                "strict": t.strict,
-            },
-        }
-        for t in shown
-    ]
-    return functions, "required" if choice.mode == "required" and not chat.thinking else "auto"
 
 
 def _contents(messages: list[dict[str, Any]]) -> Iterator[str]:

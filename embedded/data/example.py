@@ -40,6 +40,8 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] = ()
     response_format: Mapping[str, Any] | None = None
     thinking: bool = False
+    effort: str | None = None
+    """`reasoning_effort`; None leaves it out, and the server takes its own."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What an evaluation groups by, such as `depth` (0 .. 1 of the haystack)."""
 
@@ -53,4 +55,6 @@ class Example:
             body["tools"] = [dict(tool) for tool in self.tools]
         if self.response_format is not None:
             body["response_format"] = dict(self.response_format)
+        if self.effort is not None:
+            body["reasoning_effort"] = self.effort
         return body

@@ -1,12 +1,13 @@
-"""A tokenizer for small random models: 256 byte symbols and V4's special tokens, in the official file's structure.
+"""Tokenizers for small models: 256 byte symbols, merges and V4's special tokens, in the official file's structure.
 
-    0 BOS   1 EOS   2 pad   3 .. 258 bytes   259 .. special tokens, in the official order
+    0 BOS   1 EOS   2 pad   3 .. 258 bytes   259 .. merges   special tokens, in the official order
 
-No merges, so a text's tokens are its UTF-8 bytes and decoding gives every text back. Programs find special ids by name;
-spellings and flags are those of the V4 tokenizer (chat-protocol, sections 1.1 and 5).
+Random models take no merges: a text's tokens are its UTF-8 bytes. Decoding gives every text back. Programs find special
+ids by name; spellings and flags are those of the V4 tokenizer (chat-protocol, sections 1.1 and 5).
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,13 @@ _MARKERS = (
 """Added tokens that are not `special`: they survive skip_special_tokens."""
 _END_OF_QUERY = "<｜end_of_query｜>"
 
-NUM_TOKENS = _FIRST_BYTE_ID + 256 + len(_MARKERS) + 1
+SPECIAL_TOKENS = (BOS, EOS, PAD, *_MARKERS, _END_OF_QUERY)
+NUM_TOKENS = len(SPECIAL_TOKENS) + 256
+"""Ids without merges; each merge is one more."""
 
-# The official splits. Without merges they change no token; they keep the pieces short and the structure the same.
+OFFICIAL_DIGITS = r"\p{N}{1,3}"
+# The official splits behind that of digits.
 _SPLITS = (
-    r"\p{N}{1,3}",
     "[一-龥\u3040-ゟ゠-ヿ]+",
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
@@ -51,26 +54,41 @@ _SPLITS = (
 
 def byte_tokenizer() -> Tokenizer:
     """Build it; NUM_TOKENS ids, which a model's vocabulary must hold."""
+    return small_tokenizer(())
+
+
+def small_tokenizer(merges: Sequence[tuple[str, str]], *, digits: str = OFFICIAL_DIGITS) -> Tokenizer:
+    """NUM_TOKENS + len(merges) ids. `merges` are pairs of byte-level pieces, the first ones first; `digits` is the
+    pattern of what stays together of a number."""
     vocab = {BOS: 0, EOS: 1, PAD: 2}
     vocab |= {symbol: _FIRST_BYTE_ID + byte for byte, symbol in enumerate(_byte_symbols())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    vocab |= {left + right: _FIRST_BYTE_ID + 256 + n for n, (left, right) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     tokenizer.normalizer = normalizers.Sequence([])
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizer(digits)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (BOS, EOS, PAD)])
     tokenizer.add_tokens([AddedToken(token, normalized=True, special=False) for token in _MARKERS])
     tokenizer.add_special_tokens([AddedToken(_END_OF_QUERY, normalized=False, special=True)])
-    assert tokenizer.get_vocab_size() == NUM_TOKENS
+    assert tokenizer.get_vocab_size() == NUM_TOKENS + len(merges)
     return tokenizer
+
+
+def pre_tokenizer(digits: str = OFFICIAL_DIGITS) -> pre_tokenizers.PreTokenizer:
+    """What cuts a text into the pieces in which merges happen, and spells their bytes."""
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in (digits, *_SPLITS)]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def save_byte_tokenizer(model_dir: Path, *, model_max_length: int) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` into `model_dir`."""
-    byte_tokenizer().save(str(model_dir / "tokenizer.json"))
+    save_tokenizer(byte_tokenizer(), model_dir, model_max_length=model_max_length)
+
+
+def save_tokenizer(tokenizer: Tokenizer, model_dir: Path, *, model_max_length: int) -> None:
+    """As `save_byte_tokenizer`, for any of the small tokenizers."""
+    tokenizer.save(str(model_dir / "tokenizer.json"))
     config = {
         "add_bos_token": False,
         "add_eos_token": False,
