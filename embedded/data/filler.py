@@ -1,5 +1,4 @@
-"""Prose that means little: the hay around needles. Sentences come from one numbered pool, so that readers may keep
-their encodings."""
+"""Prose that means little: the hay around needles. Sentences come from one numbered pool, and each is made once."""
 
 import functools
 import random

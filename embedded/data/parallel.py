@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from embedded.data.mixture import STAGES
 from embedded.data.seeds import check_training_seed
-from embedded.data.sentence_cache import SentenceCache
 from embedded.data.stream import BLOCK_ROWS, PackedRow, checked_row_tokens, packed_block
+from server.text.tokenizer import Tokenizer
 
 _WAITING_BLOCKS = 2
 """Of each worker."""
@@ -134,7 +134,7 @@ class _Recipe:
 
 
 def _work(recipe: _Recipe, blocks: "Queue[list[PackedRow]]", stop: Event) -> None:
-    tokenizer = SentenceCache.of(recipe.tokenizer_dir, recipe.vocab_size)
+    tokenizer = Tokenizer.load(recipe.tokenizer_dir, recipe.vocab_size)
     stage = STAGES[recipe.stage_name]
     number = recipe.block
     while not stop.is_set():

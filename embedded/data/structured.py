@@ -68,7 +68,7 @@ def _facts(rng: random.Random, fields: tuple[Parameter, ...], values: dict[str, 
 
 
 def _format_of(rng: random.Random, thing: str, fields: tuple[Parameter, ...]) -> dict[str, Any]:
-    schema = {
+    schema: dict[str, Any] = {
         "type": "object",
         "properties": {field.name: field.schema for field in fields},
         "required": [field.name for field in fields],

@@ -142,8 +142,8 @@ def _boolean(rng: random.Random) -> tuple[str, dict[str, Any], Draw]:
 
 
 def _enum(rng: random.Random) -> tuple[str, dict[str, Any], Draw]:
-    words, values = rng.choice(_ENUMS)
-    values = rng.sample(values, rng.randint(2, len(values)))
+    words, known = rng.choice(_ENUMS)
+    values = rng.sample(known, rng.randint(2, len(known)))
     return words, {"type": "string", "enum": values}, lambda rng: rng.choice(values)
 
 
@@ -194,7 +194,7 @@ _TEXTS: tuple[tuple[str, Draw], ...] = (
 _INTEGERS = ("count", "number", "limit", "size", "age", "floor", "page", "amount", "quantity", "days", "seats", "year")
 _NUMBERS = ("price", "weight", "height", "length", "rate", "distance", "width", "speed")
 _BOOLEANS = ("urgent", "express", "public", "gift", "confirmed", "archived", "visible", "paid")
-_ENUMS = (
+_ENUMS: tuple[tuple[str, Sequence[str]], ...] = (
     ("unit", ("celsius", "fahrenheit", "kelvin")),
     ("priority", ("low", "medium", "high")),
     ("format", ("pdf", "csv", "text", "json")),
