@@ -51,7 +51,7 @@ class Data:
 
 
 def run(args: argparse.Namespace) -> int:
-    recipe: Recipe = RECIPES[args.recipe]
+    recipe = _recipe(args)
     tokenizer = _tokenizer(args.state)
     data = Data(recipe, tokenizer, args.workers)
     torch.set_num_threads(args.threads)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write(args: argparse.Namespace) -> int:
-    recipe: Recipe = RECIPES[args.recipe]
+    recipe = _recipe(args)
     network = Network(recipe.model)
     try:
         state.read_parameters(state.newest(args.state), network)
@@ -85,6 +85,10 @@ def write(args: argparse.Namespace) -> int:
         rows.append(Rows.of(*(part.long() if part.dtype == torch.int32 else part for part in parts)))
     print(json.dumps({"checkpoint": str(args.out_dir), **rounding_loss(network, rows)}))
     return 0
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    return RECIPES[args.recipe].scaled(args.scale)
 
 
 def _tokenizer(directory: Path) -> Path:
@@ -116,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     writing.set_defaults(function=write)
     for command in (training, writing):
         command.add_argument("--recipe", choices=RECIPES, default="gpu")
+        command.add_argument("--scale", type=float, default=1.0, help="times as many steps as the recipe says")
         command.add_argument("--state", type=Path, required=True, metavar="DIR", help="where the run is kept")
     args = parser.parse_args(argv)
     code: int = args.function(args)

@@ -89,6 +89,14 @@ def test_it_learns(tmp_path: Path) -> None:
     assert after.token_after < before.token_after and after.index < before.index
 
 
+def test_a_recipe_is_scaled_to_the_time_there_is() -> None:
+    half = RECIPE.scaled(0.5)
+    assert [stage.steps for stage in half.stages] == [3, 2, 2] and half.identity != RECIPE.identity
+    assert RECIPE.scaled(1.0).identity == RECIPE.identity
+    with pytest.raises(ValueError, match="positive"):
+        RECIPE.scaled(0.0)
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedded.training.trainer.REPORT_SECONDS", 0.0)
     trainer = Trainer(RECIPE, tmp_path, batches)
