@@ -14,7 +14,7 @@ ARGS ?=
 # Two workers of one thread each: model tests are small, and more threads than cores would only wait for each other.
 TEST_WORKERS ?= 2
 
-.PHONY: help install run chat test test-long test-clients soak lint format type bench clean
+.PHONY: help install run chat test test-long test-clients soak eval lint format type bench clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)$$/  make \1|\2/' | column -t -s'|'
@@ -48,6 +48,9 @@ test-clients: install ## run coding agents and client libraries against the serv
 
 soak: install ## ten million operations on the symbolic device (about an hour); OPS=n for fewer
 	OMP_NUM_THREADS=1 $(BIN)/python tests/engine/symbolic/soak.py --ops $(or $(OPS),10000000) --workers $(TEST_WORKERS)
+
+eval: install ## score a model (MODEL=DIR) on held-out examples through a server; more in ARGS
+	$(BIN)/python -m embedded.evaluation $(or $(MODEL),$$($(BIN)/python -m model.tools.default_model)) $(ARGS)
 
 lint: install ## check style and formatting
 	$(BIN)/ruff check .

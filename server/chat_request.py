@@ -17,6 +17,8 @@ class Tool:
     parameters: dict[str, Any]
     """A JSON Schema object."""
     strict: bool = False
+    grammar: str | None = None
+    """Lark, or GBNF: what the text of the one string parameter must follow, beyond its schema."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,10 +40,10 @@ _SHORT_TASKS: Mapping[str, float] = {
 def _weights(short: float, lists: float, haystacks: float, unknown: float) -> dict[str, float]:
     weights = {task: weight * short for task, weight in _SHORT_TASKS.items()}
     return weights | {
-        "recall_list": lists / 2,
-        "recall_list_turns": lists / 2,
-        "recall_haystack": haystacks / 2,
-        "recall_haystack_turns": haystacks / 2,
+        "recall_list": lists / 3,
+        "recall_list_turns": lists * 2 / 3,
+        "recall_haystack": haystacks / 3,
+        "recall_haystack_turns": haystacks * 2 / 3,
         "unknown": unknown,
     }
 

@@ -17,7 +17,8 @@ _DEFAULT_TOKENS = (128, 600)
 _FRAME_TOKENS, _TURN_TOKENS = 32, 27
 """The template, the question and what introduces the text; a turn more."""
 _LEAST_TOKENS, _TOKENS_FOR_A_TURN = 48, 96
-_MOST_TURNS = 8
+_MOST_TURNS, _MOST_NEEDLES = 24, 32
+"""Many questions on one long text: each costs a few tokens and teaches as much as the first."""
 _IN_SYSTEM_SHARE = 0.1
 _PARAGRAPH = 8
 
@@ -172,7 +173,7 @@ def _list(rng: random.Random, wanted: int, num_turns: int = 1) -> Text:
 
 def _haystack(rng: random.Random, wanted: int, num_turns: int = 1, num_needles: int | None = None) -> Text:
     room = _room(wanted, num_turns)
-    most = max(num_turns, min(24, room // 48))
+    most = max(num_turns, min(_MOST_NEEDLES, room // 48))
     facts, absent = draw_facts(rng, num_needles or rng.randint(num_turns, most), absent=1)
     one_form = rng.random() < 0.5
     form = rng.choice(SENTENCES)

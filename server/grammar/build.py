@@ -40,7 +40,7 @@ async def build_grammar(
     forced = offered and choice.mode == "required"
     shown = [tool for tool in chat.tools if choice.name is None or tool.name == choice.name] if offered else []
     job = GrammarJob(
-        tools=tuple(ToolSpec(name=t.name, parameters=t.parameters, strict=t.strict) for t in shown),
+        tools=tuple(ToolSpec(name=t.name, parameters=t.parameters, strict=t.strict, grammar=t.grammar) for t in shown),
         calls="none" if not offered else "auto" if not forced else "required" if chat.thinking else "opened",
         parallel=choice.parallel,
         format=None if wanted is None or forced else wanted.kind,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from server.grammar.content import written_grammar
 from server.grammar.schema import Reading, SchemaError, completed, resolve, standalone
 from server.grammar.strings import ANY_TEXT, literal, text_terminal
 
@@ -39,6 +40,8 @@ class Parameter:
     """A terminal, None: never a string."""
     json: Any = None
     """A schema that stands alone, None: never anything but a string."""
+    grammar: str | None = None
+    """Instead of both: the grammar of this name holds the raw text."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,9 +52,21 @@ class CallGrammar:
     compiles: Compiles
     left_out: list[str] = field(default_factory=list)
     """What tools that are not strict say and the grammar does not keep."""
+    named: list[dict[str, str]] = field(default_factory=list)
+    """Grammars of the library's top level that the rules refer to: a client's rules cannot meet ours."""
     _rules: list[str] = field(default_factory=list)
     _values: dict[str, str] = field(default_factory=dict)
     """Bodies of values to the names of their rules: tools say the same again and again."""
+
+    def add_text(self, name: str, key: str, grammar: str) -> None:
+        """The next tool, whose one parameter is text that follows a client's grammar. Raises SchemaError."""
+        lark, number = written_grammar(grammar), len(self._rules)
+        why = self.compiles(lark)
+        if why is not None:
+            raise SchemaError(f"its grammar is not supported: {why}")
+        self.named.append({"name": f"text{number}", "lark_grammar": lark})
+        parameter = Parameter(key=key, required=True, text=None, grammar=f"@text{number}")
+        self._rules.append(self._tool(number, name, [parameter]))
 
     def add(self, name: str, schema: Any, *, strict: bool) -> None:
         """The next tool. Raises SchemaError."""
@@ -139,6 +154,8 @@ class CallGrammar:
         if parameter.text is not None:
             # With the closing bracket in the terminal, text that could never be closed cannot begin.
             values.append(self._value("TEXT", f'"true\\">" ({parameter.text}) "</"'))
+        if parameter.grammar is not None:
+            values.append(self._value("text", f'"true\\">" {parameter.grammar} "</"'))
         if parameter.json is not None:
             style = {**parameter.json, "x-guidance": JSON_STYLE}
             values.append(self._value("json", f'"false\\">" %json {json.dumps(style, ensure_ascii=False)} "</"'))

@@ -16,6 +16,8 @@ fill an answer with blanks."""
 MOST_CHOICES = 10_000
 # Parts of a Lark grammar that may hold anything: strings, patterns, comments.
 _OPAQUE = re.compile(r'"(?:[^"\\\n]|\\.)*"i?|/(?![/*])(?:[^/\\\n]|\\.)+/[a-z]*|//[^\n]*|#[^\n]*')
+# Lark's library of common terminals is part of the language.
+_COMMON = re.compile(r"(?m)^[ \t]*%import[ \t]+common\.")
 _NAMED = re.compile(r"%(json|regex|lark|llguidance|import|declare|override|extend)\b|<[^<>\n]*>|@[\w-]+")
 
 
@@ -35,7 +37,7 @@ def content_grammar(kind: str, value: Any) -> dict[str, Any]:
     if kind == "choice":
         return {"lark_grammar": f"start: {' | '.join(_choices(value))}"}
     assert kind == "ebnf", kind
-    return {"lark_grammar": _written(value)}
+    return {"lark_grammar": written_grammar(value)}
 
 
 def _json(schema: Any) -> dict[str, Any]:
@@ -56,8 +58,8 @@ def _choices(value: Any) -> list[str]:
     return [literal(text) for text in dict.fromkeys(value)]
 
 
-def _written(text: Any) -> str:
-    """A client's grammar, GBNF (`root ::= ...`) or Lark (`start: ...`), as Lark."""
+def written_grammar(text: Any) -> str:
+    """A client's grammar, GBNF (`root ::= ...`) or Lark (`start: ...`), as Lark. Raises SchemaError."""
     if not isinstance(text, str) or not text.strip():
         raise SchemaError("a grammar must be a text that is not empty")
     try:
@@ -66,7 +68,7 @@ def _written(text: Any) -> str:
         raise SchemaError(f"the grammar is neither Lark with a rule `start` nor GBNF: {error}") from None
     except (ValueError, KeyError, IndexError, RecursionError) as error:
         raise SchemaError("the grammar is neither Lark with a rule `start` nor GBNF") from error
-    plain = _OPAQUE.sub('""', lark)
+    plain = _COMMON.sub("", _OPAQUE.sub('""', lark))
     named = next((m[0] for m in _NAMED.finditer(plain) if m[0] != "%llguidance"), None)
     if named is not None:
         what = "tokens" if named.startswith("<") else "directives and other grammars"

@@ -9,6 +9,8 @@ class ToolSpec(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     parameters: Any
     strict: bool = False
+    grammar: str | None = None
+    """Of the text of its one string parameter, as the client wrote it."""
 
 
 class GrammarJob(msgspec.Struct, frozen=True, kw_only=True):

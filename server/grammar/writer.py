@@ -27,7 +27,7 @@ def write_grammar(job: GrammarJob, compiles: Callable[[str], str | None]) -> Gra
     """
     calls = _calls(job, compiles) if job.calls != "none" else None
     content = _content(job) if job.format is not None else None
-    grammars = [{"lark_grammar": _start(job, calls)}]
+    grammars: list[dict[str, Any]] = [{"lark_grammar": _start(job, calls)}, *([] if calls is None else calls.named)]
     if content is not None and job.calls not in ("required", "opened"):
         grammars.append({"name": "content", **content})
     text = json.dumps({"grammars": grammars}, ensure_ascii=False)
@@ -43,7 +43,11 @@ def _calls(job: GrammarJob, compiles: Callable[[str], str | None]) -> CallGramma
     calls = CallGrammar(marker=job.marker, compiles=compiles)
     for tool in job.tools:
         try:
-            calls.add(tool.name, tool.parameters, strict=tool.strict)
+            if tool.grammar is not None:
+                (key,) = tool.parameters["properties"]
+                calls.add_text(tool.name, key, tool.grammar)
+            else:
+                calls.add(tool.name, tool.parameters, strict=tool.strict)
         except SchemaError as error:
             raise RefusedError(f"tools: function `{tool.name}`: {error}", "tools") from None
     return calls

@@ -161,23 +161,26 @@ class _Reader:
 
 
 def _custom(name: str, description: str, tool: Mapping[str, Any], param: str) -> Tool:
-    """A function with one string; a pattern is enforced, a grammar is told to the model."""
+    """A function with one string, whose format is told to the model and enforced."""
     place = f"{param}.format"
     given = member(tool, "format", dict, param, {"type": "text"})
     text: dict[str, Any] = {"type": "string"}
+    grammar = None
     if one_of(given.get("type"), ("text", "grammar"), f"{place}.type") == "grammar":
         syntax = one_of(given.get("syntax"), ("lark", "regex"), f"{place}.syntax")
         definition = required(given, "definition", str, place)
         description += f"\n\n`input` must follow this {syntax} grammar:\n{definition}"
         if syntax == "regex":
             text["pattern"] = f"^(?:{definition})$"
+        else:
+            grammar = definition
     parameters = {
         "type": "object",
         "properties": {"input": text},
         "required": ["input"],
         "additionalProperties": False,
     }
-    return Tool(name=name, description=description.lstrip("\n"), parameters=parameters)
+    return Tool(name=name, description=description.lstrip("\n"), parameters=parameters, grammar=grammar)
 
 
 def _echoed(tool: Mapping[str, Any]) -> dict[str, Any]:

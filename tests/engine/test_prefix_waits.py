@@ -129,7 +129,7 @@ def test_many_that_begin_alike_compute_the_prefix_once(config: ResolvedConfig, n
 
 def test_without_a_wait_they_would_all_compute_it(config: ResolvedConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the test above would see otherwise; and the reason is told."""
-    monkeypatch.setattr("engine.step_builder.longest_prefix_wait", lambda *args: 0.0)
+    monkeypatch.setattr("engine.leaders.longest_prefix_wait", lambda *args: 0.0)
     engine = Engine(config)
     for i in range(12):
         engine.send(f"r{i}", prompt(i), tenant=f"t{i}")

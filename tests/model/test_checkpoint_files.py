@@ -14,7 +14,8 @@ import torch
 from model.checkpoint import CheckpointError, inspect_checkpoint, load_model
 from model.hf_names import with_official_names
 from model.safetensors_index import read_header, read_stored_tensors
-from model.tools.make_checkpoint import WEIGHT_FORMATS, make_checkpoint
+from model.tools.checkpoint_writer import WEIGHT_FORMATS
+from model.tools.make_checkpoint import make_checkpoint
 from model.transformer import Transformer
 from model.weight_copy import match_tensors
 

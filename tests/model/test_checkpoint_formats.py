@@ -14,7 +14,8 @@ from model.linear import Linear
 from model.moe import Experts
 from model.parallel import ParallelGroup
 from model.quant import WeightFormat
-from model.tools.make_checkpoint import WEIGHT_FORMATS, make_checkpoint
+from model.tools.checkpoint_writer import WEIGHT_FORMATS
+from model.tools.make_checkpoint import make_checkpoint
 
 QUANTIZED = ("fp4", "fp8", "base")
 

@@ -151,7 +151,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("model.tools.make_checkpoint.save_file", full)
+    monkeypatch.setattr("model.tools.checkpoint_writer.save_file", full)
     with pytest.raises(OSError, match="No space"):
         make_checkpoint("nano", 0, "fp4", tmp_path / "a" / "out")
     assert list((tmp_path / "a").iterdir()) == []

@@ -175,7 +175,7 @@ def test_a_custom_tool_is_a_function_of_one_string() -> None:
     assert tool.parameters["required"] == ["input"]
     assert tool.parameters["properties"] == {"input": {"type": "string"}}
     assert tool.description.startswith("Edits.\n\n") and "start: WORD" in tool.description
-    assert found.box.called("patch").kind == "custom"
+    assert tool.grammar == "start: WORD" and found.box.called("patch").kind == "custom"
     items = [
         user(),
         {"type": "custom_tool_call", "call_id": "c", "name": "patch", "input": 'say "hi"\n'},

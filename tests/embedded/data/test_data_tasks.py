@@ -23,6 +23,7 @@ from server.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[3]
 SEED = (1 << 31) + 17
+SENTENCE_END = r"(?<=\.) |(?<=,) (?=\")"
 WHOLE = re.compile(r"The \w+ of .* is (.*)\.")
 
 
@@ -104,7 +105,7 @@ def test_recalled_values_stand_beside_their_keys(task: str) -> None:
         value = whole[1] if whole else content
         text = everything(example)
         question = str(example.messages[-1]["content"]).split("\n")[-1]
-        beside = [line for line in re.split(r"\n|(?<=\.) |, (?=\")", text) if value in line and line != question]
+        beside = [line for line in re.split(rf"\n|{SENTENCE_END}", text) if value in line and line != question]
         assert beside, content
         if example.thinking:
             key = re.fullmatch(r"I look for (.*): .*\.", str(example.answer.reasoning))
@@ -117,8 +118,8 @@ def states(text: str, key: str) -> bool:
     """Whether a line, a sentence or a member of an object gives the key a value."""
     forms = [*LINES, *SENTENCES, '"{key}": {value}']
     patterns = [re.escape(form).replace(r"\{key\}", re.escape(key)) for form in forms]
-    patterns = [p.replace(r"\{attribute\}", r"\w+").replace(r"\{value\}", r"\S+") for p in patterns]
-    return any(re.search(rf"^(?:\d+\. )?{pattern}", text, re.M | re.I) for pattern in patterns)
+    patterns = [p.replace(r"\{attribute\}", r"\w+").replace(r"\{value\}", ".+") for p in patterns]
+    return any(re.search(rf"^\s*(?:\d+\. )?{pattern}", text, re.M | re.I) for pattern in patterns)
 
 
 def test_what_is_unknown_is_not_in_the_text() -> None:
@@ -130,7 +131,7 @@ def test_what_is_unknown_is_not_in_the_text() -> None:
             last = str(example.messages[-1]["content"]).split("\n")[-1]
             assert key[1] in last
             text = everything(example).removesuffix(last)
-            assert not states(re.sub(r"(?<=[.,]) ", "\n", text), key[1])
+            assert not states(re.sub(SENTENCE_END, "\n", text), key[1])
 
 
 def test_what_is_known_is_in_the_text() -> None:
@@ -138,14 +139,15 @@ def test_what_is_known_is_in_the_text() -> None:
         if example.thinking:
             key = re.fullmatch(r"I look for (.*?): .*", str(example.answer.reasoning))
             assert key is not None
-            assert states(re.sub(r"(?<=[.,]) ", "\n", everything(example)).replace("{", "\n"), key[1])
+            assert states(re.sub(SENTENCE_END, "\n", everything(example)).replace("{", "\n"), key[1])
 
 
 def test_sums_are_right_and_so_is_every_step() -> None:
     for example in (*examples("arithmetic", 300), *examples("arithmetic_direct", 100)):
         work = example.answer.reasoning if example.thinking else example.answer.content
-        for left, sign, right, result in re.findall(r"(\d+) ([+-]) (\d+) = (-?\d+)(?![\d ]*[+-])", str(work)):
-            assert int(result) == (int(left) + int(right) if sign == "+" else int(left) - int(right))
+        for chain, result in re.findall(r"(\d+(?: [+-] \d+)+) = (-?\d+)", str(work)):
+            terms = re.findall(r"([+-]?) ?(\d+)", chain)
+            assert int(result) == sum(-int(term) if sign == "-" else int(term) for sign, term in terms)
         asked = re.findall(r"(\d+) ?(\+|-|plus|minus|and|less) ?(\d+)", str(example.messages[-1]["content"]))
         if len(asked) == 1 and example.details.get("operands", 2) == 2:
             left, sign, right = asked[0]

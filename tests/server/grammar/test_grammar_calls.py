@@ -205,6 +205,62 @@ def test_sixty_parameters_come_in_any_order(compiled: Compiled, accepts: Accepts
     assert not accepts(matcher, rendered([("f", {name: 1 for name in shuffled if name != names[49]})]))
 
 
+PATCH = """start: begin hunk+ end
+begin: "*** Begin" LF
+end: "*** End"
+hunk: "@@ " /(.+)/ LF change+
+change: ("+" | "-" | " ") /(.*)/ LF -> line
+%import common.LF"""
+ONE_TEXT = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+
+
+def patching(grammar: str) -> ToolSpec:
+    """A tool of one text that follows a client's grammar."""
+    return ToolSpec(name="patch", parameters=ONE_TEXT, grammar=grammar)
+
+
+@pytest.mark.parametrize("calls", ["auto", "required"])
+def test_the_text_of_a_tool_follows_its_grammar(compiled: Compiled, accepts: Accepts, marker: int, calls: str) -> None:
+    spec = patching(PATCH)
+    matcher = compiled(tools=(spec, *TOOLS), calls=calls, marker=marker)
+    good = "*** Begin\n@@ a.py </\n+x < y\n-</x>\n*** End"
+    assert accepts(matcher, rendered([("patch", {"input": good})]))
+    assert accepts(matcher, rendered([("patch", {"input": good}), ("now", {}), ("patch", {"input": good})]))
+    for bad in ("", "x", good + "\n", good.replace("+x", "*x"), good.removesuffix("*** End")):
+        assert not accepts(matcher, rendered([("patch", {"input": bad})])), bad
+    assert not accepts(matcher, rendered([("patch", {})]))
+
+
+def test_a_client_s_rules_do_not_meet_ours(compiled: Compiled, accepts: Accepts, marker: int) -> None:
+    """Rules of the same names, in two tools with different grammars."""
+    one, other = patching('start: calls\ncalls: "a" tool0\ntool0: "b"'), patching('start: calls\ncalls: "c"')
+    other = ToolSpec(name="other", parameters=ONE_TEXT, grammar=other.grammar)
+    matcher = compiled(tools=(one, other), calls="required", marker=marker)
+    assert accepts(matcher, rendered([("patch", {"input": "ab"}), ("other", {"input": "c"})]))
+    assert not accepts(matcher, rendered([("patch", {"input": "c"})]))
+    assert not accepts(matcher, rendered([("other", {"input": "ab"})]))
+
+
+@pytest.mark.parametrize(
+    ("grammar", "why"),
+    [
+        ("banana", "neither Lark"),
+        ('start: "a" <[5]>', "cannot name tokens"),
+        ('start: "a"\n}\nextra: <[5]>\nx: %lark {\nstart: "b"', "cannot name"),
+        ("start: @content", "cannot name"),
+        ('start: %json {"type": "string"}', "cannot name"),
+        ("%import other.X\nstart: X", "cannot name"),
+        ("start: /(?=a)b/", "look-around"),
+        ("start: missing", "missing"),
+    ],
+)
+def test_a_tool_s_grammar_that_cannot_be_kept_is_refused(
+    refused: Callable[..., str], marker: int, grammar: str, why: str
+) -> None:
+    message = refused(tools=(patching(grammar),), calls="auto", marker=marker, format_param="")
+    assert "function `patch`" in message and why in message, message
+
+
 STRICT_SCHEMA = {
     "type": "object",
     "properties": {"a": {"$ref": "#/$defs/pair"}, "b": {"type": "string"}},
