@@ -16,6 +16,7 @@ COMMANDS = {
     "make-checkpoint": "write a random checkpoint in the official format",
     "openapi": "print the OpenAPI document of the server",
     "simulate": "run the scheduler on a virtual clock, against a trace",
+    "selfcheck": "check that this machine, or a running server, computes the right thing",
 }
 USAGE_ERROR = 2
 
@@ -39,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from engine.tools.simulate import main as simulate
 
         return simulate(arguments[1:])
+    if arguments and arguments[0] == "selfcheck":
+        from embedded.selfcheck.command import main as selfcheck
+
+        return selfcheck(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="fathom",
         description="A standalone inference server for DeepSeek-V4.",
