@@ -32,12 +32,13 @@ _VERDICT = {
 }
 _ANYTHING = r"(?s:.*)"
 
-OWN_SERVERS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("steps of 128 tokens", ("--max-num-batched-tokens", "128", "--max-num-seqs", "16")),
-    ("steps of 2,048 tokens", ("--max-num-batched-tokens", "2048")),
-    ("without a prefix cache", ("--no-enable-prefix-cache",)),
-    ("without host memory (slots are replayed)", ("--host-cache-bytes", "0")),
+OWN_SERVERS: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    ("steps of 128 tokens", 1, ("--max-num-batched-tokens", "128", "--max-num-seqs", "16")),
+    ("steps of 2,048 tokens", 1, ("--max-num-batched-tokens", "2048")),
+    ("without a prefix cache", 1, ("--no-enable-prefix-cache",)),
+    ("without host memory (slots are replayed)", 2, ("--host-cache-bytes", "0")),
 )
+"""Name, how often the suite is asked, and flags."""
 
 
 class FeatureChecks:
@@ -73,8 +74,8 @@ class FeatureChecks:
         yield Check("a grammar: a call is forced", self._forced_call)
         if self._model_dir is None:
             return
-        for name, flags in OWN_SERVERS:
-            yield Check(name, partial(self._other_server, flags))
+        for name, rounds, flags in OWN_SERVERS:
+            yield Check(name, partial(self._other_server, flags, rounds))
         yield Check("deterministic, alone and together", self._deterministic)
         yield Check("hibernated and woken", self._hibernated)
 
@@ -114,11 +115,10 @@ class FeatureChecks:
     def _cached(self) -> str | None:
         client = self._connect()
         replies = [client.chat(prompt.body) for prompt in self._suite]
-        if self._model_dir is not None:
-            for prompt, reply in zip(self._suite, replies, strict=True):
-                if reply.cached_tokens < len(reply.prompt_token_ids) - 1:
-                    want = f"all {len(reply.prompt_token_ids)} prompt tokens but the last"
-                    return f"{prompt.name}: cached: expected {want}, found {reply.cached_tokens}"
+        cached, total = sum(r.cached_tokens for r in replies), sum(len(r.prompt_token_ids) for r in replies)
+        # Of short prompts as much is computed again as is cheaper than to fetch. A running server may have no cache.
+        if self._model_dir is not None and 2 * cached < total:
+            return f"cached tokens: expected most of {total}, found {cached}"
         return self._compare(replies)
 
     def _streamed(self) -> str | None:
@@ -183,6 +183,7 @@ class FeatureChecks:
                 "thinking": {"type": "disabled"},
                 "tools": [tool],
                 "tool_choice": {"type": "function", "function": {"name": "judge"}},
+                "parallel_tool_calls": False,
                 "max_tokens": _GRAMMAR_TOKENS,
             }
         )
@@ -190,28 +191,30 @@ class FeatureChecks:
             return difference("one call of judge", reply.calls)
         return _misfit(reply.calls[0][1], reply.finish_reason)
 
-    def _other_server(self, flags: tuple[str, ...]) -> str | None:
-        """Cold, and again."""
+    def _other_server(self, flags: tuple[str, ...], rounds: int) -> str | None:
         assert self._model_dir is not None
-        expected = self.answers
         with launched(self._model_dir, *flags) as client:
-            for _ in range(2):
-                found = self._compare(at_once(lambda p: client.chat(p.body), self._suite, 4), expected)
+            for _ in range(rounds):
+                found = self._compare(at_once(lambda p: client.chat(p.body), self._suite, BATCH))
                 if found is not None:
                     return found
         return None
 
     def _deterministic(self) -> str | None:
-        """To the last bit: what is computed together is what is computed alone, near ties or not."""
+        """What is computed together is what is computed alone, near ties or not. Of the shorter half of the suite: the
+        fixed order of sums takes its time."""
         assert self._model_dir is not None
-        with launched(self._model_dir, "--deterministic") as client:
-            alone = [client.chat(prompt.body) for prompt in self._suite]
-            together = at_once(lambda prompt: client.chat(prompt.body), self._suite, BATCH)
-        for prompt, one, other in zip(self._suite, alone, together, strict=True):
+        by_length = sorted(range(len(self._suite)), key=lambda n: len(self.answers[n].prompt_token_ids))
+        numbers = sorted(by_length[: -(-len(self._suite) // 2)])
+        with launched(self._model_dir, "--deterministic", "--no-enable-prefix-cache") as client:
+            alone = [client.chat(self._suite[n].body) for n in numbers]
+            together = at_once(lambda n: client.chat(self._suite[n].body), numbers, BATCH)
+        for number, one, other in zip(numbers, alone, together, strict=True):
             at = first_difference(one.token_ids, other.token_ids)
             if at is not None:
-                return f"{prompt.name}, together, token {at}: {difference(one.token_ids[at:], other.token_ids[at:])}"
-        return self._compare(alone)
+                name = self._suite[number].name
+                return f"{name}, together, token {at}: {difference(one.token_ids[at:], other.token_ids[at:])}"
+        return self._first_of(self._compare_one(n, reply) for n, reply in zip(numbers, alone, strict=True))
 
     def _hibernated(self) -> str | None:
         """Requests are set aside in the middle of their answers, packed into host memory, and go on."""
@@ -235,9 +238,8 @@ class FeatureChecks:
             self._parted(f"prompt {n}", True, prompts[n], expected[n], found[n]) for n in range(GROUP)
         )
 
-    def _compare(self, replies: Sequence[Reply], expected: Sequence[Reply] | None = None) -> str | None:
+    def _compare(self, replies: Sequence[Reply]) -> str | None:
         """With the first answers."""
-        assert expected is None or len(expected) == len(replies)
         return self._first_of(self._compare_one(number, reply) for number, reply in enumerate(replies))
 
     def _compare_one(self, number: int, reply: Reply) -> str | None:

@@ -12,17 +12,17 @@ from embedded.evaluation.client import Reply
 
 EXPECTED_FILE = "expected.json"
 FORMAT = 1
-NUM_RANDOM_TOKENS = 24
+NUM_RANDOM_TOKENS = 12
 """Of each answer of a model whose answers mean nothing,"""
 MOST_TOKENS = 256
 """and of one whose answers end."""
 SEED = (1 << 31) + 9
 _TASKS: tuple[tuple[str, int | None], ...] = (
     # Some prompts span several pages and many steps.
-    ("recall_haystack", 700),
-    ("recall_list", 300),
-    ("recall_list_turns", 200),
-    ("unknown", 150),
+    ("recall_haystack", 400),
+    ("recall_list", 200),
+    ("recall_list_turns", 128),
+    ("unknown", 100),
     ("arithmetic", None),
     ("repeat", None),
     ("tool_call", None),
