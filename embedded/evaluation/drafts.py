@@ -25,7 +25,7 @@ _EXAMPLES = 20
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
-    """Of one task, or of one answer."""
+    """Of the answers of one task."""
 
     num_drafts: int
     num_accepted: int
@@ -35,8 +35,8 @@ class Acceptance:
         return self.num_accepted / self.num_drafts if self.num_drafts else 0.0
 
 
-def greedy_acceptance(model: LocalModel, prompt: Sequence[int], most_tokens: int = MOST_TOKENS) -> Acceptance:
-    """Drafts behind each token of the greedy answer to `prompt` that was followed by another one."""
+def greedy_drafts(model: LocalModel, prompt: Sequence[int], most_tokens: int = MOST_TOKENS) -> list[tuple[int, int]]:
+    """(draft, what the model said) behind each token of the greedy answer to `prompt` that was followed by another."""
     transformer = model.transformer
     assert transformer.mtp is not None, "the model was loaded without its MTP block"
     request = Request(transformer, len(prompt) + most_tokens)
@@ -50,20 +50,18 @@ def greedy_acceptance(model: LocalModel, prompt: Sequence[int], most_tokens: int
         tokens += new
         if new[0] == transformer.config.eos_token_id:
             break
-    # Rows that know their next token; of the last one's draft nothing can be said.
-    drafted = request.draft_logits(tokens, torch.cat(streams)[: len(tokens) - 1]).argmax(-1).tolist()
-    first = len(prompt) - 1
-    pairs = list(zip(drafted[first:-1], tokens[first + 2 :], strict=True))
-    return Acceptance(len(pairs), sum(draft == token for draft, token in pairs))
+    # Every row but the last token's, which was not computed; of the last draft nothing can be said.
+    drafted = request.draft_logits(tokens, torch.cat(streams)).argmax(-1).tolist()
+    return list(zip(drafted[len(prompt) - 1 : -1], tokens[len(prompt) + 1 :], strict=True))
 
 
 def task_acceptance(model: LocalModel, task: str, num_examples: int, most_tokens: int = MOST_TOKENS) -> Acceptance:
     """All answers of a task together."""
-    found = []
+    found: list[tuple[int, int]] = []
     for index in range(num_examples):
         prompt = prompt_of(model.tokenizer, make(task, SEED, index)).token_ids.tolist()
-        found.append(greedy_acceptance(model, prompt, most_tokens))
-    return Acceptance(sum(a.num_drafts for a in found), sum(a.num_accepted for a in found))
+        found += greedy_drafts(model, prompt, most_tokens)
+    return Acceptance(len(found), sum(draft == said for draft, said in found))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
