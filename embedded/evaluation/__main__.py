@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from embedded.evaluation.client import Client, ClientError
-from embedded.evaluation.identities import CIRCUMSTANCES, CIRCUMSTANCES_BY_NAME, EPSILON, Identities
+from embedded.evaluation.identities import CIRCUMSTANCES, CIRCUMSTANCES_BY_NAME, Identities, epsilon_of
 from embedded.evaluation.launched import launched
 from embedded.evaluation.results import HEADER, Results, RowResult, fingerprint, table_line
 from embedded.evaluation.rows import ROWS, ROWS_BY_NAME, Row
@@ -48,6 +48,7 @@ def _run(
     arguments: argparse.Namespace,
 ) -> int:
     shown: list[RowResult] = []
+    errors = 0
 
     def show(row: RowResult) -> None:
         shown.append(row)
@@ -58,24 +59,36 @@ def _run(
         model = fingerprint(model_dir) if model_dir is not None else f"{client.url} {client.model}"
         results = Results.open(model, arguments.out, resume=arguments.resume)
         print(HEADER)
+        scored = []
         for row in rows:
             wanted = min(row.num_examples, arguments.examples or row.num_examples)
-            if results.finished(row.name, wanted) is None:
-                results.add(score(client, row, wanted))
+            try:
+                if results.finished(row.name, wanted) is None:
+                    results.add(score(client, row, wanted))
+            except ClientError as error:
+                # Such as a prompt that the server has no room for: the other rows have.
+                errors += 1
+                print(f"{row.name:28} {error}", flush=True)
+                continue
             show(results.rows[row.name])
+            scored.append(row)
+        epsilon = epsilon_of(client) if arguments.epsilon is None else arguments.epsilon
+        identities = Identities(client=client, model_dir=model_dir, results=results, show=show, epsilon=epsilon)
         # What nothing is asked of is not asked again.
-        judged = [row for row in rows if row.target is not None]
-        identities = Identities(
-            client=client, model_dir=model_dir, results=results, show=show, epsilon=arguments.epsilon
-        )
+        judged = [row for row in scored if row.target is not None]
         for name in circumstances:
-            identities.check(CIRCUMSTANCES_BY_NAME[name], judged)
+            try:
+                identities.check(CIRCUMSTANCES_BY_NAME[name], judged)
+            except ClientError as error:
+                errors += 1
+                print(f"{name:28} {error}", flush=True)
     failed = [result for result in shown if result.passed is False]
     for result in failed:
         for line in result.differences:
             print(f"{result.name}: {line}")
-    print(f"{len(shown) - len(failed)} of {len(shown)} rows are as they should be")
-    return 1 if failed else 0
+    total = len(shown) + errors
+    print(f"{total - len(failed) - errors} of {total} rows are as they should be")
+    return 1 if failed or errors else 0
 
 
 def _chosen(parser: argparse.ArgumentParser, names: str | None, *, own_server: bool) -> tuple[list[Row], list[str]]:
@@ -104,9 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--epsilon",
         type=float,
-        default=EPSILON,
         metavar="X",
-        help="nats between the two likeliest tokens where answers may part; more for bfloat16 (default: %(default)s)",
+        help="nats between the two likeliest tokens where answers may part; by the model's dtype when absent",
     )
     return parser
 

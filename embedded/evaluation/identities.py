@@ -25,7 +25,9 @@ from embedded.evaluation.rows import Row
 from embedded.evaluation.scoring import answers
 
 EPSILON = 1e-3
-"""Nats. Fast operations agree within 1e-5 of the largest logit, and logits are below some 30."""
+"""Nats. Fast float32 operations agree within 1e-5 of the largest logit, and logits are below some 30."""
+BFLOAT16_EPSILON = 0.05
+"""The same where the model computes in bfloat16, a GPU's default: its logits have some three digits."""
 SAMPLE = 20
 """Questions of each row that is not about recall."""
 
@@ -59,7 +61,7 @@ class Identities:
     """To start other servers from; None: only circumstances that need none."""
     results: Results
     show: Callable[[RowResult], None]
-    epsilon: float = EPSILON
+    epsilon: float
 
     def check(self, circumstance: Circumstance, rows: Sequence[Row]) -> None:
         """Ask the questions of `rows`, all scored before, again; add and show a result `row/circumstance` for each.
@@ -99,8 +101,9 @@ class Identities:
         began = time.monotonic()
         scored = self.results.rows[row.name]
         examples = row.examples(scored.num_examples)[:count]
-        notes = ""
+        expected, notes = scored.token_ids[:count], ""
         if circumstance.hibernates:
+            expected = tuple(ids[:LONG_TOKENS] for ids in expected)
             prompts = [self.client.prompt_ids(example.body()) for example in examples]
             replies, notes = self._hibernated(prompts)
         else:
@@ -109,7 +112,7 @@ class Identities:
             if circumstance.name == "warm":
                 notes = _cached_note(replies, prompts)
         found = [reply.token_ids for reply in replies]
-        result = compared(name, self.client, prompts, scored.token_ids[:count], found, epsilon=self.epsilon)
+        result = compared(name, self.client, prompts, expected, found, epsilon=self.epsilon)
         return replace(result, seconds=time.monotonic() - began, notes=notes)
 
     def _hibernated(self, prompts: Sequence[Sequence[int]]) -> tuple[list[Reply], str]:
@@ -125,6 +128,11 @@ class Identities:
         if not counts.hibernations or not counts.wakes:
             raise ClientError(f"pages did not run short: {counts.hibernations} hibernations, {counts.wakes} wakes")
         return replies, f"{counts.hibernations} hibernations"
+
+
+def epsilon_of(client: Client) -> float:
+    """How near two tokens are as good as equal on this server."""
+    return EPSILON if client.cache_dtype == "float32" else BFLOAT16_EPSILON
 
 
 def first_difference(expected: Sequence[int], found: Sequence[int]) -> int | None:

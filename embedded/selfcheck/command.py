@@ -12,15 +12,13 @@ from functools import cache
 from pathlib import Path
 
 from embedded.evaluation.client import Client, ClientError
-from embedded.evaluation.identities import EPSILON
+from embedded.evaluation.identities import epsilon_of
 from embedded.evaluation.launched import launched
 from embedded.selfcheck.features import FeatureChecks
 from embedded.selfcheck.prompts import MOST_TOKENS, SuitePrompt, built_in_prompts, load_prompts, save_prompts
 from embedded.selfcheck.report import Check, Outcome, header, line, run_check, run_checks
 
 USAGE_ERROR = 2
-BFLOAT16_EPSILON = 0.05
-"""Nats, where the model computes in bfloat16: a GPU's default, whose logits have some three digits."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,9 +47,9 @@ def _check_url(url: str) -> list[Outcome]:
     """The prompts only: the server's machine may be another one, and its model any."""
     client = Client(url)
     print(f"server {client.url}, model {client.model}; its answers are compared with each other only")
-    epsilon = EPSILON if client.cache_dtype == "float32" else BFLOAT16_EPSILON
     print(header())
-    return run_checks(FeatureChecks(lambda: client, built_in_prompts(), None, epsilon=epsilon).checks(), _show)
+    features = FeatureChecks(lambda: client, built_in_prompts(), None, epsilon=epsilon_of(client))
+    return run_checks(features.checks(), _show)
 
 
 def _check_machine(model_dir: Path, *, write_expected: bool) -> list[Outcome]:
@@ -74,8 +72,7 @@ def _check_machine(model_dir: Path, *, write_expected: bool) -> list[Outcome]:
         outcomes = [start, *run_checks(op_checks(devices()), _show)]
         if not start.passed:
             return outcomes
-        epsilon = EPSILON if connect().cache_dtype == "float32" else BFLOAT16_EPSILON
-        features = FeatureChecks(connect, suite, model_dir, epsilon=epsilon)
+        features = FeatureChecks(connect, suite, model_dir, epsilon=epsilon_of(connect()))
         outcomes += run_checks(features.checks(), _show)
         if write_expected and all(outcome.passed for outcome in outcomes):
             print(f"expected answers written to {save_prompts(model_dir, suite, features.answers)}")

@@ -201,6 +201,22 @@ def test_usage(arguments: list[str]) -> None:
     assert exit_.value.code == 2
 
 
+def test_a_row_that_cannot_be_asked_hides_no_other(answering: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    teach(answering, "chat", "tool_result", count=2)
+    score_row = command.score
+
+    def no_room(client: Client, row: Any, count: int) -> RowResult:
+        if row.name == "tool_result":
+            raise ClientError("HTTP 400: too long")
+        return score_row(client, row, count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "score", no_room)
+        code = command.main(["--url", answering.url, "--rows", "tool_result,chat,alone", "--examples", "2"])
+    out = capsys.readouterr().out
+    assert code == 1 and "HTTP 400: too long" in out and "1 of 2 rows are as they should be" in out
+
+
 def test_no_server_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--url", "http://127.0.0.1:9", "--rows", "chat"]) == 1
     assert "no answer from http://127.0.0.1:9" in capsys.readouterr().err
