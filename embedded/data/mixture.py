@@ -50,7 +50,7 @@ def _weights(short: float, lists: float, haystacks: float, unknown: float) -> di
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("short", 1024, _weights(1.0, 14, 8, 4), (96, 800)),
+        Stage("short", 1024, _weights(1.0, 14, 8, 4), (96, 767)),
         Stage("medium", 4096, _weights(0.6, 14, 18, 4), (128, 3800)),
         Stage("long", 8192, _weights(0.5, 14, 24, 4), (128, 7900)),
     )
