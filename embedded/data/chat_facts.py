@@ -240,7 +240,7 @@ ABOUT = (
     ),
     Topic(
         "asks about thinking",
-        'Yes. Thinking is on by default; send "thinking": {"type": "disabled"} to switch it off.',
+        'Thinking is on by default; send "thinking": {"type": "disabled"} to switch it off.',
         (
             "Can you think?",
             "How do I turn off thinking?",

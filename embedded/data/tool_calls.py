@@ -37,6 +37,8 @@ def tool_calls(rng: random.Random, num_tokens: int | None) -> Example:
     again = bool(first.parameters) and rng.random() < 0.4
     second = first if again else rng.choice([tool for tool in tools if tool is not first])
     one, other = request(rng, first), request(rng, second)
+    while one[1] == other[1]:
+        other = request(rng, second)
     asked = one_of(rng, _JOINTS, first=closed(one[0]), second=other[0])
     return _called(rng, "tool_calls", tools, asked, (one[1], other[1]))
 

@@ -90,8 +90,8 @@ CPU = replace(
     name="cpu",
     rate=3e-3,
     stages=(
-        Stage(data="short", row_tokens=512, rows=8, steps=1200),
-        Stage(data="short", row_tokens=512, rows=8, steps=300, sparse=True),
+        Stage(data="short", row_tokens=1024, rows=4, steps=1200),
+        Stage(data="short", row_tokens=1024, rows=4, steps=300, sparse=True),
         Stage(data="medium", row_tokens=2048, rows=2, steps=200, sparse=True, jumps=True),
         Stage(data="medium", row_tokens=2048, rows=2, steps=200, sparse=True, jumps=True, rounded=True, decays=True),
     ),

@@ -168,6 +168,7 @@ def test_calls_fit_their_definitions_and_the_request(task: str) -> None:
         functions = {tool["function"]["name"]: tool["function"] for tool in example.tools}
         assert len(functions) == len(example.tools)
         assert len(example.answer.calls) == (1 if task == "tool_call" else 2)
+        assert example.answer.calls[0] not in example.answer.calls[1:]
         for call in example.answer.calls:
             function = functions[call.name]
             assert fits(dict(call.arguments), function["parameters"])

@@ -154,3 +154,19 @@ def test_compiled_pieces_give_the_same_numbers() -> None:
 def as_rows(batch: Batch) -> Rows:
     ids, weights, starts = (torch.from_numpy(part) for part in batch)
     return Rows.of(ids.long(), weights, starts.long())
+
+
+@pytest.mark.gpu
+def test_a_gpu_learns_the_same(tmp_path: Path) -> None:
+    """Fused, in bfloat16, with the optimizer's fused step: the loss of each step is near the CPU's."""
+    stage = replace(SHORT, sparse=True, jumps=True, steps=8)
+    recipe = replace(RECIPE, stages=(stage,))
+    last = []
+    for name, options in (("cpu", {}), ("cuda", {"device": "cuda", "compiled": True})):
+        trainer = Trainer(recipe, tmp_path / name, batches, **options)
+        assert trainer.run(seconds=600)
+        with torch.no_grad():
+            rows = as_rows(batch_of(SHORT, 1))
+            rows = Rows(**{f: getattr(rows, f).to(name) for f in rows.__dataclass_fields__})
+            last.append(trainer.network(rows).next_token.item())
+    assert last[1] == pytest.approx(last[0], rel=0.02)
