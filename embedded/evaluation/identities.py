@@ -29,7 +29,7 @@ EPSILON = 1e-3
 BFLOAT16_EPSILON = 0.05
 """The same where the model computes in bfloat16, a GPU's default: its logits have some three digits."""
 SAMPLE = 20
-"""Questions of each row that is not about recall."""
+"""Questions of each row whose questions do not share texts, which would take too long to read again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ class Identities:
 
     def _num_compared(self, row: Row) -> int:
         count = self.results.rows[row.name].num_examples
-        return count if row.is_recall else min(count, SAMPLE)
+        return count if row.shares_text else min(count, SAMPLE)
 
     def _server(self, circumstance: Circumstance) -> AbstractContextManager[Client]:
         # How many pages run short depends on the row: those servers are started for each.

@@ -19,6 +19,11 @@ from server.cli import COMMANDS, main
 TASKS = ("recall_list", "repeat", "chat", "tool_call")
 
 
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_SECONDS_BETWEEN", 0.002)
+
+
 def suite(answering: Any, *, expected: bool = False) -> list[SuitePrompt]:
     """Prompts whose right answers the server knows."""
     prompts = []
@@ -143,7 +148,6 @@ HIBERNATED = "hibernated and woken"
     ("flag", "check"),
     [
         ("128", "steps of 128 tokens"),
-        ("2048", "steps of 2,048 tokens"),
         ("--no-enable-prefix-cache", "without a prefix cache"),
         ("--host-cache-bytes", "without host memory (slots are replayed)"),
         ("--deterministic", "deterministic, alone and together"),
