@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -215,6 +216,26 @@ def test_the_command_on_this_machine(
     assert main(["selfcheck", str(answering.model_dir)]) == 1
     out = capsys.readouterr().out
     assert "31 of 32 checks passed" in out and out.count("FAIL") == 1
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_expected_answers_are_kept_only_when_all_passes(
+    answering: Any, servers: Any, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    monkeypatch.setattr(command, "built_in_prompts", lambda max_tokens: suite(answering)[2:3])
+    monkeypatch.setattr("embedded.selfcheck.op_checks.op_cases", lambda: ())
+    for check in ("_hibernated", "_cached", "_schema", "_forced_call", "_at_once"):
+        monkeypatch.setattr(FeatureChecks, check, lambda self, *arguments: None)
+    servers.broken = "2048" if broken else ""
+    path = answering.model_dir / "expected.json"
+    try:
+        assert main(["selfcheck", str(answering.model_dir), "--write-expected"]) == int(broken)
+        assert path.exists() != broken
+        if not broken:
+            (prompt,) = load_prompts(answering.model_dir)
+            assert prompt.expected == {"calls": [], "content": make("chat", SEED, 2).answer.content, "reasoning": ANY}
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def test_the_command_with_a_url(
