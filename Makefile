@@ -49,8 +49,8 @@ test-clients: install ## run coding agents and client libraries against the serv
 soak: install ## ten million operations on the symbolic device (about an hour); OPS=n for fewer
 	OMP_NUM_THREADS=1 $(BIN)/python tests/engine/symbolic/soak.py --ops $(or $(OPS),10000000) --workers $(TEST_WORKERS)
 
-eval: install ## score a model (MODEL=DIR) on held-out examples through a server; more in ARGS
-	$(BIN)/python -m embedded.evaluation $(or $(MODEL),$$($(BIN)/python -m model.tools.default_model)) $(ARGS)
+eval: install ## score the embedded model (or MODEL=DIR) on held-out examples through a server; more in ARGS
+	$(BIN)/python -m embedded.evaluation $(if $(findstring --url,$(ARGS)),,$(or $(MODEL),$$($(BIN)/python -m model.tools.default_model))) $(ARGS)
 
 lint: install ## check style and formatting
 	$(BIN)/ruff check .
