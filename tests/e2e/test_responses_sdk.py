@@ -197,6 +197,14 @@ def test_a_turn_that_no_renderer_would_write(scripted: Any, client: openai.OpenA
     assert second.usage is not None and second.usage.input_tokens == counted.input_tokens
 
 
+PATCH = r"""start: begin_patch hunk+ end_patch
+begin_patch: "*** Begin Patch" LF
+end_patch: "*** End Patch" LF?
+hunk: ("*** Add File: " | "*** Update File: ") /(.+)/ LF line+
+line: /[-+ ]/ /(.*)/ LF -> line
+%import common.LF"""
+
+
 def test_tools_of_a_coding_agent(scripted: Any, client: openai.OpenAI) -> None:
     """What Codex sends: namespaces, custom tools with a grammar, and tools that are not there."""
     patch = '*** Begin Patch\n*** Add File: a.py\n+print("é")\n*** End Patch'
@@ -207,7 +215,7 @@ def test_tools_of_a_coding_agent(scripted: Any, client: openai.OpenAI) -> None:
         return {"type": "object", "properties": {name: {"type": "string"}}, "required": [name]}
 
     send = {**WEATHER, "name": "send", "parameters": of("to")}
-    lark = {"type": "grammar", "syntax": "lark", "definition": "start: begin_patch hunk+ end_patch"}
+    lark = {"type": "grammar", "syntax": "lark", "definition": PATCH}
     fields: dict[str, Any] = {
         "instructions": "You are Codex.",
         "tools": [
