@@ -18,6 +18,7 @@ from engine.kv.resume import MissReason, ResumePlan
 from engine.leaders import Leaders
 from engine.plan import NewRequest, ScheduledTokens
 from engine.policy import (
+    LEAST_CHUNK,
     MOST_BEGUN,
     MOST_CHUNKS,
     MOST_PARKED,
@@ -99,7 +100,8 @@ class StepBuilder:
         self._prompt_seconds = 0.0
         self._long_seconds = 0.0
         self._gives_first_tokens = False
-        """Whether an interactive prompt is computed to its end."""
+        """Whether an interactive prompt is computed to its end, or to the stop before it: its first token waits for
+        this step and the next one then."""
 
     def add_decodes(self, requests: Sequence[Request], grown: Mapping[str, tuple[int, ...]]) -> None:
         """One row each; `grown` has the pages that were appended to their tables."""
@@ -390,6 +392,7 @@ class StepBuilder:
             self._long_seconds += seconds
         if end == request.num_tokens:
             self._num_begun[request.priority] -= 1
+        if request.num_tokens - end < LEAST_CHUNK:
             self._gives_first_tokens |= request.service is ServiceClass.INTERACTIVE
         request.last_step_id = self._step_id
         request.last_chunk_time = self._now

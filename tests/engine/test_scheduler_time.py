@@ -12,7 +12,7 @@ import pytest
 
 from engine.config import ResolvedConfig, SchedulingConfig
 from engine.core import EngineCore
-from engine.messages import AddRequest, StepOutputs, unpack_ids
+from engine.messages import AddRequest, StepOutputs, pack_ids, unpack_ids
 from engine.plan import StepPlan, StepResult
 from engine.policy import LEAST_CHUNK, ServiceClass
 from engine.request import Request
@@ -125,15 +125,19 @@ def make_machine(make_config: MakeConfig) -> Callable[..., Machine]:
     return make
 
 
-def run_chats(machine: Machine, make_message: MakeMessage, seconds: float, every: float = 0.25) -> list[str]:
-    """Chats of about 400 tokens, evenly."""
+def run_chats(
+    machine: Machine, make_message: MakeMessage, seconds: float, every: float = 0.25, *, stops: bool = False
+) -> list[str]:
+    """Chats of about 400 tokens, evenly; those that stop do so where their answer opens."""
     rng = random.Random(3)
     ids: list[str] = []
     start = machine.now
     while machine.now < start + seconds:
         while start + len(ids) * every <= machine.now:
             request_id = f"chat{len(ids)}-{start}"
-            machine.send(make_message(request_id, rng.randrange(300, 500), max_tokens=20, ignore_eos=True))
+            size = rng.randrange(300, 500)
+            positions = pack_ids([size - 2]) if stops else b""
+            machine.send(make_message(request_id, size, max_tokens=20, ignore_eos=True, snapshot_positions=positions))
             ids.append(request_id)
         machine.step()
     while not set(ids) <= set(machine.finish):
@@ -141,7 +145,10 @@ def run_chats(machine: Machine, make_message: MakeMessage, seconds: float, every
     return ids
 
 
-def test_chats_beside_a_long_prompt(make_machine: Callable[..., Machine], make_message: MakeMessage) -> None:
+@pytest.mark.parametrize("stops", [False, True])
+def test_chats_beside_a_long_prompt(
+    make_machine: Callable[..., Machine], make_message: MakeMessage, stops: bool
+) -> None:
     """The acceptance test of the issue in small: chats keep their times, the long prompt loses at most a factor."""
     alone = make_machine()
     run_chats(alone, make_message, 2.0)  # learn
@@ -150,9 +157,9 @@ def test_chats_beside_a_long_prompt(make_machine: Callable[..., Machine], make_m
         alone.step()
 
     machine = make_machine()
-    idle = run_chats(machine, make_message, 4.0)
+    idle = run_chats(machine, make_message, 4.0, stops=stops)
     machine.send(make_message("long", 100_000, max_tokens=1))
-    busy = run_chats(machine, make_message, 12.0)
+    busy = run_chats(machine, make_message, 12.0, stops=stops)
     while "long" not in machine.finish:
         machine.step()
     idle_ttft, busy_ttft = (p99([machine.ttft(i) for i in ids]) for ids in (idle, busy))
@@ -173,6 +180,24 @@ def prefill_spent(machine: Machine, plan: StepPlan) -> tuple[float, float]:
         total += seconds
         long += seconds if request.service is ServiceClass.LONG else 0.0
     return long, total
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_who_waits_for_a_first_token_waits_for_no_more_than_the_share(
+    make_machine: Callable[..., Machine], make_message: MakeMessage, stops: bool
+) -> None:
+    """Of long prompts, in the step that gives it, and in the one before where a prompt stops just short of its end."""
+    machine = make_machine()
+    machine.send(make_message("long", 100_000, max_tokens=1))
+    run_chats(machine, make_message, 6.0, stops=stops)
+    spent = []
+    for plan, _ in machine.executor.history[30:]:
+        ends = [s.start + s.num_tokens - machine.requests[s.request_id].num_prompt_tokens for s in plan.scheduled]
+        waits = any(-3 < end <= 0 and s.request_id != "long" for end, s in zip(ends, plan.scheduled, strict=True))
+        if waits:
+            spent.append(prefill_spent(machine, plan)[0])
+    assert len(spent) >= 10 * (1 + stops)
+    assert p99(spent) <= 0.25 * GOALS.step_seconds + 1e-3, f"{p99(spent)} s"
 
 
 @pytest.mark.parametrize("num_long", [1, 3])
